@@ -1,0 +1,3 @@
+"""alignbench: one harness for constrained LLM alignment."""
+
+__version__ = "0.1.0"

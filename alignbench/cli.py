@@ -1,0 +1,131 @@
+"""The command line: Hydra's grammar, with unknown keys explained before Hydra sees them."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from alignbench.config import Config, run_id
+from alignbench.errors import AlignbenchError, ConfigError
+
+CONF = Path(__file__).resolve().parents[1] / "conf"
+SWEEP_ENV = "ALIGNBENCH_SWEEP"
+
+
+def register() -> None:
+    """Give Hydra the schema, and the resolver that names a run's folder."""
+    ConfigStore.instance().store(name="base_config", node=Config)
+    OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True, use_cache=False)
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+def app(config: DictConfig) -> float:
+    """One Hydra job."""
+    quieten()
+    from alignbench.run import execute
+
+    try:
+        return execute(config)
+    except AlignbenchError as error:
+        if HydraConfig.get().mode is RunMode.MULTIRUN:
+            raise
+        print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def main() -> int:
+    """Entry point of `main.py`."""
+    register()
+    arguments = sys.argv[1:]
+    if {"-m", "--multirun"} & set(arguments):
+        words = " ".join(sorted(a for a in arguments if "=" in a))
+        os.environ.setdefault(SWEEP_ENV, f"sweep-{hashlib.sha256(words.encode()).hexdigest()[:8]}")
+    try:
+        explain_overrides([a for a in arguments if "=" in a and not a.startswith("-")])
+    except ConfigError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    app()
+    return 0
+
+
+def explain_overrides(overrides: list[str]) -> None:
+    """Refuse an override whose key is unknown, with the nearest known ones.
+
+    Raises:
+        ConfigError: a key is unknown. What this check does not understand is left to Hydra.
+    """
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException:
+        return
+    groups = sorted(p.name for p in CONF.iterdir() if p.is_dir())
+    chosen = []
+    for override in parsed:
+        if override.key_or_group in groups and not override.is_delete():
+            value = override.value() if not override.is_sweep_override() else _first(override.value_string())
+            chosen.append(f"{override.key_or_group}={value}")
+    known = _known_keys(chosen)
+    if known is None:
+        return
+    for override in parsed:
+        key = override.key_or_group.split("@")[0]
+        if key in groups or key == "hydra" or key.startswith(("hydra.", "hydra/")):
+            continue
+        if not any(k == key or k.startswith(f"{key}.") for k in known):
+            near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
+            raise ConfigError(
+                f"unknown option {key!r}",
+                where=f"override {override.input_line}",
+                mend=f"did you mean {', '.join(near)}?"
+                if near
+                else "see `python main.py --cfg job` for all keys",
+            )
+
+
+def _first(sweep: str) -> str:
+    return sweep.strip("[]").removeprefix("choice(").split(",")[0].strip(" )'\"")
+
+
+def _known_keys(choices: list[str]) -> list[str] | None:
+    """Every key of the configuration that these group choices compose; None where they do not compose."""
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            composed = hydra.compose("config", overrides=choices)
+    except (HydraException, ValueError):
+        return None
+    return _paths(composed)
+
+
+def _paths(node: DictConfig, prefix: str = "") -> list[str]:
+    paths = []
+    for key in node:
+        name = f"{prefix}{key}"
+        paths.append(name)
+        child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            paths += _paths(child, f"{name}.")
+    return paths
+
+
+def quieten() -> None:
+    """Turn other libraries' chatter down; each suppressed warning is harmless here and says why."""
+    for name in ("DeepSpeed", "datasets", "httpx", "filelock", "matplotlib", "fontTools"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # ZeRO's own hooks still call torch's old collective names (deepspeedai/DeepSpeed uses them up to 0.19)
+    warnings.filterwarnings("ignore", message=".*_base.* is deprecated", category=UserWarning)

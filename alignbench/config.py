@@ -1,0 +1,468 @@
+"""Typed schema of every configuration group, and the checks that run before anything loads.
+
+Hydra composes `conf/` onto these dataclasses: an unknown key, a wrong type or an unset `???` is refused
+there. `validate` then checks what no single field can say (thresholds against utilities, a data set against
+its scorer, a LoRA reference, ...). The keys of a method's YAML belong to the method: its own settings
+dataclass (registered in `alignbench.methods`) is their schema.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from alignbench.errors import ConfigError
+from alignbench.models.scorers import find_scorer
+from alignbench.problem import Form, Problem
+
+
+@dataclass
+class TrainConfig:
+    """Optimiser settings of one training stage; every field changes the numbers and is part of its key."""
+
+    learning_rate: float = MISSING
+    epochs: float = MISSING
+    batch_size: int = MISSING
+    schedule: str = "cosine"
+    warmup_ratio: float = 0.1
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    adam_eps: float = 1e-8
+
+
+@dataclass
+class SamplingConfig:
+    """How responses are drawn from a policy."""
+
+    max_new_tokens: int = MISSING
+    temperature: float = 1.0
+    top_p: float = 1.0
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adaptation; `rank: 0` trains every weight."""
+
+    rank: int = 0
+    alpha: float = 16.0
+    dropout: float = 0.0
+    targets: list[str] = field(default_factory=list)
+
+
+@dataclass
+class ArchitectureConfig:
+    """Shape of a Llama that is built from nothing, or the published shape that a plan counts with."""
+
+    vocab_size: int = MISSING
+    hidden_size: int = MISSING
+    intermediate_size: int = MISSING
+    layers: int = MISSING
+    heads: int = MISSING
+    kv_heads: int = MISSING
+    max_positions: int = MISSING
+    tied_embeddings: bool = True
+
+
+@dataclass
+class ModelConfig:
+    """The base model, its tokens and its supervised fine-tuning."""
+
+    name: str = MISSING
+    path: str | None = None
+    revision: str | None = None
+    architecture: ArchitectureConfig = field(default_factory=ArchitectureConfig)
+    template: str = MISSING
+    max_length: int = MISSING
+    max_prompt_length: int = MISSING
+    sft: TrainConfig | None = None
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora_for_sft: bool = False
+
+
+@dataclass
+class SourceConfig:
+    """One table of rows: a file, a folder, or a hub id with a pinned revision."""
+
+    path: str = MISSING
+    config: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+@dataclass
+class WorldConfig:
+    """The embedded benchmark: its sizes, and how its preference pairs are drawn from the reference."""
+
+    train_prompts: int = MISSING
+    validation_prompts: int = MISSING
+    test_prompts: int = MISSING
+    risky_fraction: float = MISSING
+    demonstrations: int = MISSING
+    pairs_per_prompt: int = MISSING
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+
+@dataclass
+class FilesConfig:
+    """Data of your own or of a paper: preference pairs, and demonstrations where SFT is wanted."""
+
+    pairs: SourceConfig = field(default_factory=SourceConfig)
+    demonstrations: SourceConfig | None = None
+    validation_share: float = MISSING
+    test_share: float = MISSING
+    validation: str = "strict"
+    expected_pairs: int = 0
+    expected_tokens: int = 0
+
+
+@dataclass
+class DatasetConfig:
+    """Either the embedded world or files; never both."""
+
+    name: str = MISSING
+    seed: int = MISSING
+    world: WorldConfig | None = None
+    files: FilesConfig | None = None
+
+
+@dataclass
+class ConstraintConfig:
+    """The constrained problem: thresholds on utilities in one of three forms, and the KL weight."""
+
+    form: str = MISSING
+    utilities: list[str] = MISSING
+    thresholds: list[float] = MISSING
+    beta: float = MISSING
+
+
+@dataclass
+class HardwareConfig:
+    """Where and how stages run; nothing here but `dtype` changes a number beyond rounding."""
+
+    device: str = MISSING
+    dtype: str = MISSING
+    zero_stage: int = MISSING
+    offload: str = "none"
+    micro_batch: int = MISSING
+    eval_batch: int = MISSING
+    generation_batch: int = MISSING
+    activation_checkpointing: bool = False
+    threads: int = 0
+    checkpoint_every: int = MISSING
+    flops_per_second: float = MISSING
+    memory_gib: float | None = None
+
+
+@dataclass
+class EvaluateConfig:
+    """What is measured, on which prompts, with how many samples and which interval."""
+
+    scorer: str = MISSING
+    split: str = MISSING
+    samples_per_prompt: int = MISSING
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    level: float = 0.95
+    resamples: int = 2000
+    every_steps: int = MISSING
+
+
+@dataclass
+class TrackingConfig:
+    """Weights & Biases as a mirror of the record."""
+
+    mode: str = MISSING
+    project: str = "alignbench"
+    entity: str | None = None
+    group: str | None = None
+    tags: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Config:
+    """The whole configuration of one run."""
+
+    method: Any = MISSING
+    model: ModelConfig = MISSING
+    dataset: DatasetConfig = MISSING
+    constraint: ConstraintConfig = MISSING
+    hardware: HardwareConfig = MISSING
+    evaluate: EvaluateConfig = MISSING
+    tracking: TrackingConfig = MISSING
+    seed: int = MISSING
+    plan: bool = False
+    output_dir: str = MISSING
+    store_dir: str = MISSING
+    tuned_by: str | None = None
+
+
+# Keys that change no number: they stay out of the run id, so that a plan, another folder or another
+# tracking mode name the same run.
+_OUTSIDE_RUN_ID = ("hydra", "plan", "output_dir", "store_dir", "tracking", "tuned_by")
+_HARDWARE_IN_RUN_ID = ("dtype",)
+
+
+def scientific(config: DictConfig) -> dict[str, Any]:
+    """The part of a configuration that decides the numbers, as plain containers (unset values as "???")."""
+    plain = OmegaConf.to_container(OmegaConf.masked_copy(config, _kept_keys(config)), resolve=True)
+    if not isinstance(plain, dict):
+        raise TypeError("a run configuration is a mapping")
+    science = {str(key): value for key, value in plain.items()}
+    if isinstance(science.get("hardware"), dict):
+        science["hardware"] = {k: science["hardware"].get(k) for k in _HARDWARE_IN_RUN_ID}
+    return science
+
+
+def _kept_keys(config: DictConfig) -> list[str]:
+    return [str(key) for key in config if key not in _OUTSIDE_RUN_ID]
+
+
+def run_id(config: DictConfig) -> str:
+    """A run's name: method, data set and a hash of the resolved configuration and seed.
+
+    The same configuration has the same id on every machine and in every order of overrides.
+    """
+    science = scientific(config)
+    text = json.dumps(science, sort_keys=True, separators=(",", ":"), default=str)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+
+    def name(group: str) -> str:
+        node = science.get(group)
+        return str(node.get("name", group)) if isinstance(node, dict) else group
+
+    return f"{name('method')}-{name('dataset')}-s{science.get('seed', 0)}-{digest}"
+
+
+def resolve(config: DictConfig) -> tuple[Config, Any]:
+    """Turn a composed configuration into typed objects.
+
+    Returns:
+        The frozen `Config`, and the method's own settings object.
+
+    Raises:
+        ConfigError: a key is unknown, a value has the wrong type, or a required one is unset.
+    """
+    from alignbench.methods import METHODS, find_method
+
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(
+            f"{len(missing)} required setting(s) not given: {', '.join(missing)}",
+            where="the composed configuration",
+            mend=_mend_missing(missing),
+        )
+    name = OmegaConf.select(config, "method.name")
+    method = find_method(str(name))
+    try:
+        settings = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(method.settings), config.method))
+    except OmegaConfBaseException as error:
+        known = ", ".join(f.name for f in dataclasses.fields(method.settings))
+        raise ConfigError(
+            f"method '{name}': {str(error).splitlines()[0]}",
+            where=f"conf/method/{name}.yaml or an override method.*",
+            mend=f"its settings are: {known}. Methods: {', '.join(sorted(METHODS))}.",
+        ) from None
+    plain = OmegaConf.create({k: v for k, v in config.items() if k not in ("hydra", "method")})
+    try:
+        typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config(method=None)), plain))
+    except OmegaConfBaseException as error:
+        raise ConfigError(
+            str(error).splitlines()[0],
+            where=f"configuration key {getattr(error, 'full_key', None) or '(unknown)'}",
+            mend="compare with the group's file in conf/; every key there has a comment.",
+        ) from None
+    if not isinstance(typed, Config):
+        raise TypeError("the configuration did not resolve to Config")
+    return typed, settings
+
+
+def _mend_missing(missing: list[str]) -> str:
+    example = {
+        "constraint.thresholds": "constraint.thresholds=[1.0]",
+        "constraint.beta": "constraint.beta=0.5",
+        "model.path": "model.path=/path/to/a/transformers/folder",
+        "dataset.files.pairs.path": "dataset.files.pairs.path=pairs.jsonl",
+    }
+    return "add " + " ".join(example.get(key, f"{key}=VALUE") for key in missing) + " to the command"
+
+
+def validate(config: Config, settings: Any) -> None:
+    """Cross-field checks; nothing has been loaded yet.
+
+    Raises:
+        ConfigError: settings contradict each other; the message holds the mend.
+    """
+    problem_of(config.constraint)
+    _check_dataset(config)
+    _check_model(config.model, "model")
+    _check_hardware(config.hardware)
+    _check_evaluation(config)
+    if config.tracking.mode not in ("online", "offline", "disabled"):
+        raise _unknown("tracking.mode", config.tracking.mode, ("online", "offline", "disabled"))
+    if hasattr(settings, "check"):
+        settings.check(config)
+
+
+def problem_of(constraint: ConstraintConfig) -> Problem:
+    """The constrained problem that a configuration states; its own checks raise ConfigError."""
+    return Problem(
+        constraint.beta, Form(constraint.form), tuple(constraint.utilities), tuple(constraint.thresholds)
+    )
+
+
+def check_train(train: TrainConfig, where: str) -> None:
+    """Refuse optimiser settings that cannot train (`where` is their configuration key)."""
+    rules = {
+        "learning_rate": train.learning_rate > 0,
+        "epochs": train.epochs > 0,
+        "batch_size": train.batch_size >= 1,
+        "warmup_ratio": 0 <= train.warmup_ratio < 1,
+        "weight_decay": train.weight_decay >= 0,
+        "max_grad_norm": train.max_grad_norm > 0,
+    }
+    for name, good in rules.items():
+        if not good:
+            raise ConfigError(
+                f"{where}.{name} = {getattr(train, name)} is out of range",
+                where=f"{where}.{name}",
+                mend="learning_rate, epochs, batch_size and max_grad_norm are positive, warmup_ratio in [0, 1)",
+            )
+    if train.schedule not in ("cosine", "linear", "constant"):
+        raise _unknown(f"{where}.schedule", train.schedule, ("cosine", "linear", "constant"))
+
+
+def _unknown(key: str, value: object, known: tuple[str, ...]) -> ConfigError:
+    return ConfigError(f"{key} = {value!r} is unknown", where=key, mend="one of: " + ", ".join(known))
+
+
+def _check_dataset(config: Config) -> None:
+    data = config.dataset
+    if (data.world is None) == (data.files is None):
+        raise ConfigError(
+            "a data set is either the embedded world or files: exactly one of dataset.world, dataset.files",
+            where="dataset",
+            mend="choose dataset=handbook, or dataset=files dataset.files.pairs.path=...",
+        )
+    if data.files is not None:
+        shares = (data.files.validation_share, data.files.test_share)
+        if min(shares) < 0 or sum(shares) >= 1:
+            raise ConfigError(
+                f"validation_share + test_share = {sum(shares):g} leaves nothing to train on",
+                where="dataset.files",
+                mend="both are fractions of the distinct prompts, for instance 0.05 and 0.1",
+            )
+        if data.files.validation not in ("strict", "lenient"):
+            raise _unknown("dataset.files.validation", data.files.validation, ("strict", "lenient"))
+        if config.evaluate.scorer == "gold":
+            raise ConfigError(
+                "the gold scorer knows the embedded world only; files have no gold scores",
+                where="evaluate.scorer",
+                mend="evaluate=unscored (KL, length and win counts without scores), or dataset=handbook",
+            )
+        if config.model.path is None:
+            raise ConfigError(
+                "files need a model with a tokenizer of its own; this model is built from the embedded world",
+                where="model",
+                mend="model=folder model.path=/path/to/a/transformers/folder",
+            )
+        if config.model.sft is not None and data.files.demonstrations is None:
+            raise ConfigError(
+                "model.sft asks for supervised fine-tuning, but the data set has no demonstrations",
+                where="dataset.files.demonstrations",
+                mend="give dataset.files.demonstrations.path, or model.sft=null to start from the model as it is",
+            )
+    if data.world is not None:
+        for name in ("train_prompts", "test_prompts", "demonstrations", "pairs_per_prompt"):
+            if getattr(data.world, name) < 1:
+                raise ConfigError(
+                    f"{name} must be at least 1", where=f"dataset.world.{name}", mend="raise it"
+                )
+        _check_sampling(data.world.sampling, "dataset.world.sampling", config.model)
+
+
+def _check_sampling(sampling: SamplingConfig, where: str, model: ModelConfig) -> None:
+    if sampling.temperature <= 0 or not 0 < sampling.top_p <= 1 or sampling.max_new_tokens < 1:
+        raise ConfigError(
+            f"temperature {sampling.temperature}, top_p {sampling.top_p}, "
+            f"max_new_tokens {sampling.max_new_tokens} cannot sample",
+            where=where,
+            mend="temperature > 0, 0 < top_p <= 1, max_new_tokens >= 1",
+        )
+    if model.max_prompt_length + sampling.max_new_tokens > model.max_length:
+        raise ConfigError(
+            f"a prompt of {model.max_prompt_length} tokens plus {sampling.max_new_tokens} new ones "
+            f"exceeds model.max_length = {model.max_length}",
+            where=f"{where}.max_new_tokens",
+            mend="raise model.max_length or lower max_new_tokens; longer texts could not be scored whole",
+        )
+
+
+def _check_model(model: ModelConfig, where: str) -> None:
+    if not 0 < model.max_prompt_length < model.max_length:
+        raise ConfigError(
+            f"max_prompt_length {model.max_prompt_length} must lie between 1 and max_length {model.max_length} - 1",
+            where=f"{where}.max_prompt_length",
+            mend="leave room for at least one response token",
+        )
+    if model.sft is not None:
+        check_train(model.sft, f"{where}.sft")
+    elif model.path is None:
+        raise ConfigError(
+            "a model built from nothing needs supervised fine-tuning",
+            where=f"{where}.sft",
+            mend="keep model.sft, or give model.path",
+        )
+    lora = model.lora
+    if lora.rank < 0 or not 0 <= lora.dropout < 1 or (lora.rank > 0 and not lora.targets):
+        raise ConfigError(
+            f"LoRA rank {lora.rank}, dropout {lora.dropout}, targets {list(lora.targets)} cannot train",
+            where=f"{where}.lora",
+            mend="rank >= 0 (0 trains all weights), 0 <= dropout < 1, and at least one target module name",
+        )
+
+
+def _check_hardware(hardware: HardwareConfig) -> None:
+    if hardware.zero_stage not in (0, 1, 2, 3):
+        raise _unknown("hardware.zero_stage", hardware.zero_stage, ("0", "1", "2", "3"))
+    if hardware.dtype not in ("fp32", "bf16"):
+        raise _unknown("hardware.dtype", hardware.dtype, ("fp32", "bf16"))
+    if hardware.device not in ("cpu", "cuda"):
+        raise _unknown("hardware.device", hardware.device, ("cpu", "cuda"))
+    if hardware.offload not in ("none", "cpu"):
+        raise _unknown("hardware.offload", hardware.offload, ("none", "cpu"))
+    if hardware.offload == "cpu" and (hardware.zero_stage == 0 or hardware.device == "cpu"):
+        raise ConfigError(
+            "offload=cpu moves ZeRO's optimizer state off a GPU: it needs device=cuda and zero_stage 1, 2 or 3",
+            where="hardware.offload",
+            mend="hardware.offload=none, or hardware=gpu_zero3",
+        )
+    for name in ("micro_batch", "eval_batch", "generation_batch", "checkpoint_every"):
+        if getattr(hardware, name) < 1:
+            raise ConfigError(
+                f"hardware.{name} must be at least 1", where=f"hardware.{name}", mend="raise it"
+            )
+
+
+def _check_evaluation(config: Config) -> None:
+    ev = config.evaluate
+    find_scorer(ev.scorer)
+    if ev.split not in ("validation", "test"):
+        raise ConfigError(
+            f"evaluate.split = {ev.split!r}: a result is reported on prompts that trained nothing",
+            where="evaluate.split",
+            mend="evaluate.split=test (or validation while choosing hyper-parameters)",
+        )
+    if not 0 < ev.level < 1 or ev.resamples < 100 or ev.samples_per_prompt < 1:
+        raise ConfigError(
+            f"level {ev.level}, resamples {ev.resamples}, samples_per_prompt {ev.samples_per_prompt}",
+            where="evaluate",
+            mend="0 < level < 1, at least 100 resamples and at least one sample per prompt",
+        )
+    _check_sampling(ev.sampling, "evaluate.sampling", config.model)

@@ -1,0 +1,1 @@
+"""How stages compute: the DeepSpeed training loop, log-probs, generation, checkpoint and resume."""

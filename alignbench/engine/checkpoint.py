@@ -1,0 +1,98 @@
+"""Checkpoints inside one training stage: complete or absent, and only ever continued on the same layout."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignbench.store import atomic_write_json, read_json
+
+log = logging.getLogger(__name__)
+_MARKER = "COMPLETE.json"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What a DeepSpeed checkpoint depends on besides the numbers: it can't be read by another layout."""
+
+    zero_stage: int
+    world_size: int
+    micro_batch: int
+    dtype: str
+    device: str
+
+
+class Checkpoints:
+    """The checkpoints of one stage in `folder`; at most one complete one is kept."""
+
+    def __init__(self, folder: Path, layout: Layout, *, lora: bool) -> None:
+        self._folder, self._layout, self._lora = folder, layout, lora
+
+    def save(self, engine: Any, step: int, state: dict[str, Any]) -> None:
+        """Write model, optimizer, scheduler, random state and `state`; only then forget the previous one.
+
+        Raises:
+            OSError: the disk is full; the previous checkpoint is still whole.
+        """
+        tag = f"step-{step}"
+        self._folder.mkdir(parents=True, exist_ok=True)
+        client = {"step": step, "torch_rng": torch.get_rng_state(), **state}
+        if torch.cuda.is_available():
+            client["cuda_rng"] = torch.cuda.get_rng_state_all()
+        try:
+            engine.save_checkpoint(
+                str(self._folder),
+                tag=tag,
+                client_state=client,
+                save_latest=False,
+                exclude_frozen_parameters=self._lora,
+            )
+        except RuntimeError as error:
+            # torch's zip writer reports a full disk as a RuntimeError of its own
+            if shutil.disk_usage(self._folder).free < 1 << 22 or "write" in str(error).lower():
+                shutil.rmtree(self._folder / tag, ignore_errors=True)
+                raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(self._folder)) from error
+            raise
+        atomic_write_json(self._folder / _MARKER, {"tag": tag, "step": step, "layout": asdict(self._layout)})
+        for old in self._folder.glob("step-*"):
+            if old.name != tag:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def restore(self, engine: Any) -> dict[str, Any] | None:
+        """Continue from the complete checkpoint, if there is one that this layout can read.
+
+        Returns:
+            The state given to `save` with its "step", or None when training starts at step 0.
+        """
+        marker = self._folder / _MARKER
+        if not marker.exists():
+            return None
+        found = read_json(marker)
+        if found["layout"] != asdict(self._layout):
+            log.warning(
+                "the checkpoint at step %d was written with %s and cannot be continued with %s: starting anew",
+                found["step"],
+                found["layout"],
+                asdict(self._layout),
+            )
+            return None
+        path, client = engine.load_checkpoint(
+            str(self._folder), tag=found["tag"], load_module_strict=not self._lora
+        )
+        if path is None:
+            log.warning("the checkpoint %s cannot be read: starting anew", found["tag"])
+            return None
+        torch.set_rng_state(client["torch_rng"])
+        if torch.cuda.is_available() and "cuda_rng" in client:
+            torch.cuda.set_rng_state_all(client["cuda_rng"])
+        return dict(client)
+
+    def clear(self) -> None:
+        """Forget every checkpoint: the stage is done."""
+        shutil.rmtree(self._folder, ignore_errors=True)

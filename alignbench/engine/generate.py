@@ -1,0 +1,133 @@
+"""Sampling responses. Each response is a function of (policy, prompt, seed, sample index) alone.
+
+Randomness comes from one uniform number per (prompt, sample, position), drawn by a counter-based generator
+and put through the inverse cumulative distribution: batch size and order do not change what is drawn.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from alignbench.config import SamplingConfig
+from alignbench.engine.logprobs import progress
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt to answer: its token ids, a name that seeds it, and which of its samples this is."""
+
+    prompt_id: str
+    ids: tuple[int, ...]
+    sample: int
+
+
+def generate(
+    policy: Any,
+    requests: Sequence[Request],
+    *,
+    sampling: SamplingConfig,
+    eos_id: int,
+    pad_id: int,
+    seed: int,
+    batch: int,
+    device: torch.device,
+) -> list[list[int]]:
+    """Sample one response per request.
+
+    Args:
+        policy: A causal language model in evaluation mode on `device`.
+        requests: What to answer.
+        sampling: Temperature, top-p and the most new tokens.
+        eos_id: The token that ends a response; it is kept as the response's last id.
+        pad_id: Any valid token id.
+        seed: Together with a request's prompt_id and sample it decides the response.
+        batch: Requests per batch.
+        device: Where the policy is.
+
+    Returns:
+        Response ids in the order of `requests`; one without `eos_id` at its end was cut at max_new_tokens.
+    """
+    order = np.argsort([len(r.ids) for r in requests], kind="stable")
+    responses: list[list[int]] = [[] for _ in requests]
+    with torch.inference_mode(), progress(len(requests), "sample", "resp") as bar:
+        for start in range(0, len(order), batch):
+            indices = order[start : start + batch]
+            chunk = [requests[i] for i in indices]
+            for index, ids in zip(
+                indices, _sample(policy, chunk, sampling, eos_id, pad_id, seed, device), strict=True
+            ):
+                responses[index] = ids
+            bar.update(len(chunk))
+    return responses
+
+
+def _sample(
+    policy: Any,
+    requests: Sequence[Request],
+    sampling: SamplingConfig,
+    eos_id: int,
+    pad_id: int,
+    seed: int,
+    device: torch.device,
+) -> list[list[int]]:
+    longest = max(len(r.ids) for r in requests)
+    input_ids = torch.full((len(requests), longest), pad_id, dtype=torch.long)
+    attention = torch.zeros((len(requests), longest + sampling.max_new_tokens), dtype=torch.long)
+    for i, request in enumerate(requests):  # left padding: the last position is the prompt's last token
+        input_ids[i, longest - len(request.ids) :] = torch.tensor(request.ids)
+        attention[i, longest - len(request.ids) :] = 1
+    uniforms = torch.from_numpy(
+        np.stack([_uniforms(seed, r.prompt_id, r.sample, sampling.max_new_tokens) for r in requests])
+    ).to(device)
+    attention = attention.to(device)
+    lengths = attention[:, :longest].sum(1)
+    positions = (attention[:, :longest].cumsum(1) - 1).clamp(min=0)
+    tokens = input_ids.to(device)
+    cache = None
+    drawn: list[torch.Tensor] = []
+    done = torch.zeros(len(requests), dtype=torch.bool, device=device)
+    for step in range(sampling.max_new_tokens):
+        out = policy(
+            input_ids=tokens,
+            attention_mask=attention[:, : longest + step],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = out.past_key_values
+        token = draw(out.logits[:, -1], uniforms[:, step], sampling.temperature, sampling.top_p)
+        token = torch.where(done, pad_id, token)
+        drawn.append(torch.where(done, -1, token))
+        done |= token == eos_id
+        if bool(done.all()):
+            break
+        tokens, positions = token.unsqueeze(1), (lengths + step).unsqueeze(1)
+    ids = torch.stack(drawn, 1).cpu().tolist()
+    return [[t for t in row if t >= 0] for row in ids]
+
+
+def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """Inverse-CDF sampling, shape (batch, vocab) and (batch,) -> (batch,) token ids.
+
+    With `top_p` < 1 only the smallest set of likeliest tokens with at least that mass is kept.
+    """
+    probabilities = torch.softmax(logits.double() / temperature, -1)
+    if top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+        kept = ordered.cumsum(-1) - ordered < top_p
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered * kept)
+    cumulative = probabilities.cumsum(-1)
+    target = (uniform.double() * cumulative[:, -1]).unsqueeze(-1)
+    # strictly greater: a token of probability zero is never drawn, not even at uniform = 0
+    return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def _uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
+    key = hashlib.sha256(f"{seed}/{prompt_id}/{sample}".encode()).digest()[:16]
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big"))).random(count)

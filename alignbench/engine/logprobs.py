@@ -1,0 +1,78 @@
+"""Sequence log-probabilities: the one quantity that every loss and every KL estimate is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from alignbench.engine.batching import Row, collate, length_sorted
+
+
+class LogProbPolicy(nn.Module):
+    """A causal language model whose forward pass returns response log-probabilities.
+
+    Wrapping the model (instead of reading its logits outside) keeps DeepSpeed's parameter-gathering hooks
+    around everything that touches weights, the output head included.
+    """
+
+    def __init__(self, policy: nn.Module) -> None:
+        super().__init__()
+        self.policy = policy
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, response_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum of log pi(token) over response tokens.
+
+        Args:
+            input_ids: (batch, length) right-padded token ids.
+            attention_mask: (batch, length), 1 on real tokens.
+            response_mask: (batch, length), True on response tokens.
+
+        Returns:
+            (batch,) float64 sums; float64 because a sum over hundreds of fp32 terms is compared with a
+            cached one at 1e-6.
+        """
+        logits = self.policy(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        scored = response_mask[:, 1:]
+        chosen = logits[:, :-1][scored].float()
+        targets = input_ids[:, 1:][scored]
+        token_logprobs = chosen.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(chosen, -1)
+        sums = torch.zeros(input_ids.shape[0], dtype=torch.float64, device=input_ids.device)
+        owner = scored.nonzero()[:, 0]
+        return sums.index_add(0, owner, token_logprobs.double())
+
+
+def sequence_logprobs(
+    policy: nn.Module, rows: Sequence[Row], *, pad_id: int, batch: int, device: torch.device, label: str
+) -> np.ndarray:
+    """Log-probabilities of many sequences without gradients, batched by length.
+
+    Args:
+        policy: A causal language model in evaluation mode.
+        rows: Sequences to score.
+        pad_id: Any valid token id; padded positions are masked by length.
+        batch: Sequences per forward pass.
+        device: Where the policy is.
+        label: Text of the progress bar.
+
+    Returns:
+        float64 array of shape (len(rows),), in the order of `rows`.
+    """
+    scorer = LogProbPolicy(policy)
+    result = np.full(len(rows), np.nan)
+    with torch.inference_mode(), progress(len(rows), label, "seq") as bar:
+        for indices in length_sorted(rows, batch):
+            tensors = collate([rows[i] for i in indices], pad_id).to(device).tensors()
+            result[indices] = scorer(*tensors).cpu().numpy()
+            bar.update(len(indices))
+    return result
+
+
+def progress(total: int, label: str, unit: str) -> tqdm:
+    """A progress bar with a rate; silent where standard error is not a terminal."""
+    return tqdm(total=total, desc=label, unit=unit, disable=None, leave=False, dynamic_ncols=True)

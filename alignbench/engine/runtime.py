@@ -1,0 +1,135 @@
+"""The machine a stage runs on: device, dtype, threads, process group, DeepSpeed configuration, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import resource
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from alignbench.config import HardwareConfig
+from alignbench.errors import ConfigError
+
+log = logging.getLogger(__name__)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def device_of(hardware: HardwareConfig) -> torch.device:
+    """The torch device, with threads set; a GPU that is asked for and absent is refused."""
+    if hardware.threads:
+        torch.set_num_threads(hardware.threads)
+    if hardware.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            "hardware asks for a GPU, and torch sees none",
+            where="hardware.device",
+            mend="choose hardware=cpu, or check nvidia-smi and the CUDA build of torch",
+        )
+    return torch.device(hardware.device)
+
+
+def dtype_of(hardware: HardwareConfig) -> torch.dtype:
+    """Parameter dtype."""
+    return DTYPES[hardware.dtype]
+
+
+def join_process_group(hardware: HardwareConfig) -> None:
+    """Make this process a world of one, without a network port, and hand the group to DeepSpeed."""
+    import torch.distributed as dist
+
+    deepspeed = import_deepspeed()
+    if not dist.is_initialized():
+        backend = "gloo" if hardware.device == "cpu" else "nccl"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    # In a world of one the shared-memory collectives have nothing to do: not building them saves half a
+    # minute of compilation, and lets a machine without a C++ compiler train.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if not deepspeed.comm.is_initialized():
+        if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
+            log.info(
+                "no C++ compiler found: DeepSpeed's compiled ops are left out; one process needs none of them"
+            )
+        deepspeed.init_distributed(dist_init_required=False, verbose=False)
+
+
+def import_deepspeed() -> Any:
+    """Import DeepSpeed with its banner and per-call logging turned down to warnings."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        os.environ.setdefault(name, "1" if name == "WORLD_SIZE" else "0")
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    # triton's absence is DeepSpeed's business on a CPU, not the user's
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    return deepspeed
+
+
+def deepspeed_config(
+    hardware: HardwareConfig, *, micro_batch: int, accumulate: int, clip: float
+) -> dict[str, Any]:
+    """DeepSpeed's configuration for one training stage."""
+    zero: dict[str, Any] = {"stage": hardware.zero_stage}
+    if hardware.offload == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        if hardware.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": micro_batch,
+        "gradient_accumulation_steps": accumulate,
+        "gradient_clipping": clip,
+        "zero_optimization": zero,
+        # torch's AdamW in every ZeRO stage: the same arithmetic on every device, nothing to compile
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+    if hardware.dtype == "bf16":
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def derive_seed(seed: int, *purpose: str | int) -> int:
+    """A 63-bit seed for one purpose, so that side work never moves another purpose's random numbers."""
+    import hashlib
+
+    text = "/".join(map(str, (seed, *purpose)))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+@contextlib.contextmanager
+def peak_memory(cost: dict[str, float], device: torch.device) -> Iterator[None]:
+    """Record the peak memory of the enclosed work in `cost` (bytes): resident set, and GPU where there is one."""
+    cleared = _reset_resident_peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        yield
+    finally:
+        cost["peak_rss_bytes"] = float(_resident_peak(cleared))
+        if device.type == "cuda":
+            cost["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated(device))
+
+
+def _reset_resident_peak() -> bool:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _resident_peak(cleared: bool) -> int:
+    if cleared:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    # Without Linux's reset the figure is the whole process's peak: an upper bound.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,309 @@
+"""The one training loop: SFT, preference and scorer training, always through `deepspeed.initialize`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from alignbench.config import HardwareConfig, TrainConfig
+from alignbench.engine import batching
+from alignbench.engine.batching import Row, collate
+from alignbench.engine.checkpoint import Checkpoints, Layout
+from alignbench.engine.logprobs import LogProbPolicy, progress
+from alignbench.engine.objectives import Objective
+from alignbench.engine.runtime import (
+    deepspeed_config,
+    device_of,
+    import_deepspeed,
+    join_process_group,
+    peak_memory,
+)
+from alignbench.errors import InvariantError
+
+log = logging.getLogger(__name__)
+Metrics = dict[str, float]
+OnMetrics = Callable[[int, Mapping[str, float]], None]
+
+#: How far the mean loss of the first step may be from its value at policy = reference.
+STEP0_TOLERANCE = {"fp32": 1e-6, "bf16": 5e-3}
+
+
+@dataclass
+class TrainResult:
+    """What training leaves behind besides the weights."""
+
+    log: list[Metrics] = field(default_factory=list)
+    steps: int = 0
+    resumed_at: int = 0
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One training run.
+
+    Attributes:
+        policy: A causal language model (full, or with LoRA adapters); trained in place.
+        objective: What is minimised.
+        settings: Optimiser settings.
+        hardware: Device, dtype, ZeRO stage, micro-batch.
+        seed: Decides the order of examples and dropout.
+        pad_id: Any valid token id.
+        work: Folder for checkpoints; it survives a kill.
+        lora: Whether only adapters train.
+        validation: Objective on held-out examples, or None.
+        evaluate_every: Optimiser steps between validations; 0 validates at the end only.
+    """
+
+    policy: nn.Module
+    objective: Objective
+    settings: TrainConfig
+    hardware: HardwareConfig
+    seed: int
+    pad_id: int
+    work: Path
+    lora: bool = False
+    validation: Objective | None = None
+    evaluate_every: int = 0
+
+
+def train(job: TrainJob, cost: dict[str, float], on_metrics: OnMetrics) -> TrainResult:
+    """Run a job to its end, continuing from its checkpoint if there is one.
+
+    Args:
+        job: What to train.
+        cost: Filled with trained tokens, optimiser steps, seconds and peak memory.
+        on_metrics: Called with (step, metrics) after every optimiser step.
+
+    Returns:
+        The log of every step and of every validation. The trained weights are in `job.policy`.
+
+    Raises:
+        InvariantError: the policy starts at its reference but its loss does not; or a loss is not finite.
+    """
+    device = device_of(job.hardware)
+    join_process_group(job.hardware)
+    with peak_memory(cost, device):
+        return _Loop(job, device).run(cost, on_metrics)
+
+
+class _Loop:
+    def __init__(self, job: TrainJob, device: torch.device) -> None:
+        self.job, self.device = job, device
+        settings, examples = job.settings, len(job.objective)
+        self.batch_size = min(settings.batch_size, examples)
+        self.steps = batching.total_steps(examples, settings.epochs, self.batch_size)
+        self.order = batching.example_order(examples, self.steps, self.batch_size, job.seed)
+        self.micro_batch = batching.fitting_micro_batch(self.batch_size, job.hardware.micro_batch)
+        torch.manual_seed(job.seed)  # dropout, if the model has any
+        self.engine = self._initialise()
+        layout = Layout(
+            zero_stage=job.hardware.zero_stage,
+            world_size=1,
+            micro_batch=self.micro_batch,
+            dtype=job.hardware.dtype,
+            device=job.hardware.device,
+        )
+        self.checkpoints = Checkpoints(job.work / "checkpoints", layout, lora=job.lora)
+
+    def _initialise(self) -> Any:
+        job, settings = self.job, self.job.settings
+        if job.hardware.activation_checkpointing:
+            job.policy.gradient_checkpointing_enable({"use_reentrant": False})
+            if job.lora:
+                job.policy.enable_input_require_grads()
+        job.policy.train()
+        trainable = [p for p in job.policy.parameters() if p.requires_grad]
+        # decay belongs to matrices; norms and biases would only be pulled off scale
+        groups = [
+            {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=settings.learning_rate,
+            betas=(settings.adam_beta1, settings.adam_beta2),
+            eps=settings.adam_eps,
+            fused=self.device.type == "cuda",
+        )
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule)
+        engine, *_ = import_deepspeed().initialize(
+            model=LogProbPolicy(job.policy),
+            optimizer=optimizer,
+            lr_scheduler=scheduler,
+            config=deepspeed_config(
+                job.hardware,
+                micro_batch=self.micro_batch,
+                accumulate=self.batch_size // self.micro_batch,
+                clip=settings.max_grad_norm,
+            ),
+        )
+        return engine
+
+    def _schedule(self, step: int) -> float:
+        """Learning-rate factor at an optimiser step: linear warm-up, then the chosen decay to zero."""
+        settings = self.job.settings
+        warmup = math.ceil(settings.warmup_ratio * self.steps)
+        if step < warmup:
+            return (step + 1) / warmup
+        if settings.schedule == "constant":
+            return 1.0
+        done = (step - warmup) / max(1, self.steps - warmup)
+        return 0.5 * (1 + math.cos(math.pi * done)) if settings.schedule == "cosine" else 1.0 - done
+
+    def run(self, cost: dict[str, float], on_metrics: OnMetrics) -> TrainResult:
+        job, started = self.job, time.perf_counter()
+        result = TrainResult(steps=self.steps)
+        tokens = earlier_seconds = 0.0
+        state = self.checkpoints.restore(self.engine)
+        if state is not None:
+            result.log, result.resumed_at = state["log"], state["step"]
+            tokens, earlier_seconds = state["tokens"], state["seconds"]
+            log.info("%s: continuing at step %d of %d", job.objective.name, state["step"], self.steps)
+        else:
+            self._check_step0()
+        total = self.steps * self.batch_size
+        with progress(total, f"train {job.objective.name}", "ex") as bar:
+            bar.update(result.resumed_at * self.batch_size)
+            for step in range(result.resumed_at, self.steps):
+                metrics, step_tokens = self._step(step)
+                tokens += step_tokens
+                if self._validates(step + 1):
+                    metrics.update(self.validate())
+                result.log.append({"step": float(step + 1), **metrics})
+                on_metrics(step + 1, metrics)
+                bar.update(self.batch_size)
+                bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
+                if (step + 1) % job.hardware.checkpoint_every == 0 and step + 1 < self.steps:
+                    seconds = earlier_seconds + time.perf_counter() - started
+                    state = {"log": result.log, "tokens": tokens, "seconds": seconds}
+                    self.checkpoints.save(self.engine, step + 1, state)
+        cost["seconds"] = earlier_seconds + time.perf_counter() - started
+        cost["trained_tokens"] = tokens
+        cost["optimizer_steps"] = float(self.steps)
+        return result
+
+    def _validates(self, step: int) -> bool:
+        every = self.job.evaluate_every
+        return self.job.validation is not None and (step == self.steps or (every > 0 and step % every == 0))
+
+    def _step(self, step: int) -> tuple[Metrics, int]:
+        """One optimiser step over its micro-batches."""
+        objective, indices = self.job.objective, self.order[step]
+        denominator = float(objective.weights(indices).sum())
+        context = objective.context(indices, self._frozen_logprobs)
+        parts = batching.micro_batches(indices, self.micro_batch)
+        sums: dict[str, float] = {}
+        tokens = 0
+        for part in parts:
+            rows = [objective.rows(i) for i in part]
+            tokens += sum(len(row.ids) for group in rows for row in group)
+            logprobs = self._logprobs(rows)
+            values, metrics = objective.loss(logprobs, part, context)
+            # DeepSpeed divides by the number of micro-batches; the denominator is the global batch's
+            self.engine.backward(values.sum() / denominator * len(parts))
+            self.engine.step()
+            _add(sums, {"loss": values.detach()}, 1 / denominator)
+            _add(sums, metrics, 1 / len(indices))
+        norm = self.engine.get_global_grad_norm()
+        if norm is not None and math.isfinite(float(norm)):
+            sums["grad_norm"] = float(norm)
+        sums["learning_rate"] = float(self.job.settings.learning_rate * self._schedule(step))
+        if not math.isfinite(sums["loss"]):
+            raise InvariantError(
+                f"the loss of optimiser step {step + 1} is {sums['loss']}",
+                where=f"{objective.name}, examples {indices[:8].tolist()}...",
+                mend="lower the learning rate; the last complete checkpoint before it is kept",
+            )
+        return sums, tokens
+
+    def _logprobs(self, rows: list[tuple[Row, ...]]) -> torch.Tensor:
+        """Log-probs of shape (examples, rows per example), in one forward pass."""
+        flat = [row for group in rows for row in group]
+        out = self.engine(*collate(flat, self.job.pad_id).to(self.device).tensors())
+        return out.view(len(rows), -1)
+
+    def _frozen_logprobs(self, rows: Any) -> torch.Tensor:
+        """Log-probs without gradients and without dropout, in the order of `rows`."""
+        self.engine.eval()
+        size = max(1, self.job.hardware.eval_batch)
+        with torch.no_grad():
+            parts = [
+                self._logprobs([(row,) for row in rows[i : i + size]]) for i in range(0, len(rows), size)
+            ]
+        self.engine.train()
+        return torch.cat(parts)[:, 0]
+
+    def _evaluate(self, objective: Objective, indices: np.ndarray) -> tuple[Metrics, np.ndarray]:
+        """Mean loss and metrics of `indices` without gradients; also each example's loss."""
+        context = objective.context(indices, self._frozen_logprobs)
+        denominator = float(objective.weights(indices).sum())
+        sums: dict[str, float] = {}
+        losses = []
+        width = len(objective.rows(0))
+        size = max(1, self.job.hardware.eval_batch // width)
+        for start in range(0, len(indices), size):
+            part = indices[start : start + size]
+            rows = [row for i in part for row in objective.rows(i)]
+            logprobs = self._frozen_logprobs(rows).view(len(part), width)
+            values, metrics = objective.loss(logprobs, part, context)
+            losses.append(values.double().cpu().numpy())
+            _add(sums, {"loss": values}, 1 / denominator)
+            _add(sums, metrics, 1 / len(indices))
+        return sums, np.concatenate(losses)
+
+    def validate(self) -> Metrics:
+        """Validation metrics, prefixed; the training order and its random numbers are not touched."""
+        assert self.job.validation is not None
+        everything = np.arange(len(self.job.validation))
+        metrics, _ = self._evaluate(self.job.validation, everything)
+        return {f"validation_{name}": value for name, value in metrics.items()}
+
+    def _check_step0(self) -> None:
+        """Refuse a policy whose loss at its own reference is not what theory says (DPO: ln 2).
+
+        A wrong reference, a stale cache, another template or a wrong mask all show here, before any money is
+        spent.
+        """
+        objective = self.job.objective
+        if objective.reference_value is None:
+            return
+        indices = self.order[0]
+        expected = objective.reference_value(indices)
+        _, found = self._evaluate(objective, indices)
+        error = abs(float(found.mean() - expected.mean()))
+        tolerance = STEP0_TOLERANCE[self.job.hardware.dtype] * max(1.0, float(np.abs(expected).max()))
+        if not error <= tolerance:
+            worst = int(indices[np.argmax(np.abs(found - expected))])
+            raise InvariantError(
+                f"step-0 loss is {found.mean():.8f}, but policy = reference demands {expected.mean():.8f}",
+                where=f"{objective.name}, worst example {worst}",
+                mend="the cached reference log-probs do not belong to this policy: check reference, template, "
+                "dtype and LoRA base",
+            )
+        log.info("%s: step-0 loss %.8f (expected %.8f)", objective.name, found.mean(), expected.mean())
+
+
+def _add(sums: dict[str, float], values: Mapping[str, torch.Tensor], scale: float) -> None:
+    for name, value in values.items():
+        sums[name] = sums.get(name, 0.0) + float(value.double().sum()) * scale
+
+
+def trained_state(job: TrainJob) -> dict[str, torch.Tensor]:
+    """The trained weights on the CPU under the policy's own names, whatever the ZeRO stage."""
+    deepspeed = import_deepspeed()
+    state = {}
+    for name, parameter in job.policy.named_parameters():
+        if job.lora and not parameter.requires_grad:
+            continue
+        with deepspeed.zero.GatheredParameters([parameter], enabled=job.hardware.zero_stage == 3):
+            state[name] = parameter.detach().cpu().clone()
+    return state

@@ -1,0 +1,1 @@
+"""Policies and scorers: loading, building, LoRA, export."""

@@ -1,0 +1,128 @@
+"""A plan: the same recipe under a lab that runs nothing.
+
+It prints the stage graph with what is cached, tokens, estimated FLOPs, memory and time, and refuses a configuration
+that cannot fit before a model is loaded.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from alignbench.config import HardwareConfig
+from alignbench.errors import ConfigError
+from alignbench.lab import Lab, Node
+from alignbench.stages.stage import Estimate, Facts
+
+
+@dataclass
+class PlanLab(Lab):
+    """A lab that looks stages up and estimates what is missing."""
+
+    estimates: dict[str, Estimate] = field(default_factory=dict)
+
+    def _realise(self, node: Node) -> None:
+        node.artifact = self.store.find(node.key)
+        facts = {role: self._facts(source) for role, source in node.inputs.items()}
+        self.estimates[node.key] = node.stage.estimate(node.identity.spec, facts, self.runtime, node.hints)
+
+    def _facts(self, node: Node) -> Facts:
+        return self.estimates[node.key].facts
+
+
+def seconds_of(estimate: Estimate, hardware: HardwareConfig) -> float:
+    """Expected wall time of a stage that is not cached."""
+    return estimate.overhead_seconds + estimate.flops / hardware.flops_per_second
+
+
+def memory_limit(hardware: HardwareConfig) -> float:
+    """Bytes one process may use: as configured, or what the device has."""
+    if hardware.memory_gib is not None:
+        return hardware.memory_gib * 2**30
+    if hardware.device == "cuda":
+        import torch
+
+        return (
+            float(torch.cuda.get_device_properties(0).total_memory)
+            if torch.cuda.is_available()
+            else 80 * 2**30
+        )
+    return float(psutil.virtual_memory().total)
+
+
+def check_fits(lab: PlanLab) -> None:
+    """Refuse a stage whose estimated peak exceeds the device.
+
+    Raises:
+        ConfigError: with the stage, both figures and what would lower the first.
+    """
+    limit = memory_limit(lab.config.hardware)
+    for node in lab.nodes.values():
+        needed = lab.estimates[node.key].memory_bytes
+        if node.artifact is None and needed > limit:
+            raise ConfigError(
+                f"stage '{node.label}' needs about {needed / 2**30:.1f} GiB in one process; "
+                f"{limit / 2**30:.1f} GiB are there",
+                where="hardware",
+                mend="lower hardware.micro_batch or hardware.eval_batch, set hardware.activation_checkpointing=true, "
+                "use LoRA (model.lora.rank), or a larger device (hardware.memory_gib states a known one)",
+            )
+
+
+def show(lab: PlanLab, console: Console) -> None:
+    """Print the stage graph in the order of execution, with totals of what would run."""
+    table = Table(title="plan", caption="inputs are rows above; estimates of what is not cached are added up")
+    for name, right in (("#", True), ("stage", False), ("needs", False), ("state", False)):
+        table.add_column(name, justify="right" if right else "left")
+    for name in ("trained tok", "generated tok", "scored tok", "FLOPs", "memory", "time"):
+        table.add_column(name, justify="right")
+    rows = {key: str(i) for i, key in enumerate(lab.nodes, 1)}
+    totals = [0.0] * 5
+    peak = 0.0
+    for key, node in lab.nodes.items():
+        e = lab.estimates[key]
+        cached = node.artifact is not None
+        figures = [e.trained_tokens, e.generated_tokens, e.scored_tokens, e.flops]
+        seconds = 0.0 if cached else seconds_of(e, lab.config.hardware)
+        if not cached:
+            totals = [a + b for a, b in zip(totals, [*figures, seconds], strict=True)]
+            peak = max(peak, e.memory_bytes)
+        table.add_row(
+            rows[key],
+            node.label,
+            ",".join(dict.fromkeys(rows[source.key] for source in node.inputs.values())),
+            "[green]cached[/]" if cached else "[yellow]to run[/]",
+            *(_count(figure) for figure in figures),
+            _bytes(e.memory_bytes),
+            "" if cached else f"{seconds:.0f} s",
+        )
+    missing = sum(node.artifact is None for node in lab.nodes.values())
+    table.add_section()
+    table.add_row(
+        "",
+        f"to run: {missing} of {len(rows)}",
+        "",
+        "",
+        *(_count(t) for t in totals[:4]),
+        _bytes(peak),
+        f"{totals[4]:.0f} s",
+    )
+    console.print(table)
+
+
+def _count(value: float) -> str:
+    if value <= 0:
+        return ""
+    for suffix, size in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= size:
+            return f"{value / size:.3g}{suffix}"
+    return f"{value:.0f}"
+
+
+def _bytes(value: float) -> str:
+    if value <= 0:
+        return ""
+    return f"{value / 2**30:.1f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"

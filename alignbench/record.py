@@ -1,0 +1,146 @@
+"""The record: one JSON file per run, from which every table, plot and mirror is made."""
+
+from __future__ import annotations
+
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from alignbench import __version__
+from alignbench.lab import Node, spec_of
+from alignbench.methods import Outcome
+from alignbench.store import atomic_write_json, read_json
+
+SCHEMA = 1
+_COSTS = ("trained_tokens", "generated_tokens", "scored_tokens", "optimizer_steps", "seconds")
+_PEAKS = ("peak_rss_bytes", "peak_gpu_bytes")
+
+
+def make_record(
+    *,
+    run_id: str,
+    config: dict[str, Any],
+    outcome: Outcome,
+    evaluations: dict[str, Node],
+    nodes: dict[str, Node],
+    versions: dict[str, Any],
+    tuned_by: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Assemble a run's record; no absolute path and no secret goes in.
+
+    Args:
+        run_id: The run's name.
+        config: Resolved configuration, without folders of this machine.
+        outcome: What the recipe returned.
+        evaluations: Evaluation node of each row, the reference's first.
+        nodes: Every stage used, in order.
+        versions: Package versions.
+        tuned_by: The hyper-parameter search behind the settings, if the configuration names one.
+    """
+    return {
+        "schema": SCHEMA,
+        "run_id": run_id,
+        "status": "finished",
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "alignbench": __version__,
+        "commit": git_commit(),
+        "versions": versions,
+        "config": config,
+        "method": config["method"]["name"],
+        "seed": config["seed"],
+        "outcome": {
+            "reported": outcome.reported,
+            "policies": {name: node.key for name, node in outcome.policies.items()},
+            "multipliers": outcome.multipliers,
+            "trajectory": outcome.trajectory,
+            "diagnostics": outcome.diagnostics,
+        },
+        "rows": {
+            name: {
+                "policy": node.inputs["responses"].inputs["policy"].key,
+                **node.result.json("metrics.json"),
+            }
+            for name, node in evaluations.items()
+        },
+        "data": data_statistics(nodes),
+        "cost": cost(nodes, outcome),
+        "stages": [_stage(node) for node in nodes.values()],
+        "tuned_by": tuned_by,
+    }
+
+
+def data_statistics(nodes: dict[str, Node]) -> dict[str, Any]:
+    """What validation and truncation counted, by stage."""
+    found: dict[str, Any] = {}
+    for node in nodes.values():
+        files = node.result.manifest["files"]
+        for name in ("report.json", "truncation.json"):
+            if name in files:
+                found[f"{node.label}: {name.removesuffix('.json')}"] = node.result.json(name)
+    return found
+
+
+def cost(nodes: dict[str, Node], outcome: Outcome) -> dict[str, Any]:
+    """Cost of making the result from nothing, and what this run itself spent.
+
+    `total` adds up the stages' own records, cached or not, so that a method's cost does not depend on what
+    another run computed before it.
+    """
+    total = dict.fromkeys(_COSTS, 0.0)
+    peaks = dict.fromkeys(_PEAKS, 0.0)
+    for node in nodes.values():
+        spent = node.result.manifest["cost"]
+        for name in _COSTS:
+            total[name] += spent.get(name, 0.0)
+        for name in _PEAKS:
+            peaks[name] = max(peaks[name], spent.get(name, 0.0))
+    return {
+        "total": total,
+        "peak": {name: value for name, value in peaks.items() if value},
+        "policies_trained": sum(node.stage.name in ("sft", "prefer") for node in nodes.values()),
+        "stages": len(nodes),
+        "stages_built_now": sum(node.built for node in nodes.values()),
+        "seconds_now": sum(node.seconds for node in nodes.values()),
+    }
+
+
+def _stage(node: Node) -> dict[str, Any]:
+    return {
+        "label": node.label,
+        "stage": node.stage.name,
+        "key": node.key,
+        "inputs": dict(node.identity.inputs),
+        "seed": node.identity.seed,
+        "spec": spec_of(node),
+        "cost": node.result.manifest["cost"],
+        "built": node.built,
+    }
+
+
+def git_commit() -> str | None:
+    """Commit of the code, with "+changes" when the work tree differs from it; None outside a checkout."""
+    top = Path(__file__).resolve().parents[1]
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(["git", *arguments], cwd=top, capture_output=True, text=True, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> Path:
+    """Write `record.json` in a run's folder, whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "record.json"
+    atomic_write_json(path, record)
+    return path
+
+
+def read_records(folder: Path) -> list[dict[str, Any]]:
+    """Every record below a folder, in the order of its run id."""
+    return [read_json(path) for path in sorted(folder.rglob("record.json"))]

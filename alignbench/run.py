@@ -1,0 +1,151 @@
+"""One run: compose -> validate -> (plan | run) -> record."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from alignbench import record as records
+from alignbench.config import Config, problem_of, resolve, run_id, scientific, validate
+from alignbench.errors import ConfigError
+from alignbench.lab import Lab, Node
+from alignbench.methods import Outcome, find_method
+from alignbench.plan import PlanLab, check_fits, show
+from alignbench.report.plot import trade_off
+from alignbench.report.table import markdown_table, terminal_table
+from alignbench.store import Store, write_jsonl
+from alignbench.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+def execute(composed: DictConfig) -> float:
+    """Run (or plan) one configuration.
+
+    Returns:
+        The reported policy's mean reward (for a sweeper), 0 for a plan or without scores.
+    """
+    config, settings = resolve(composed)
+    validate(config, settings)
+    tuned_by = _tuning(config.tuned_by)
+    console = Console(width=None if Console().is_terminal else 200)
+    identity = run_id(composed)
+    store = Store(Path(config.store_dir), on_message=lambda message: log.warning("store: %s", message))
+    tracker = Tracker(
+        config.tracking,
+        run_id=identity,
+        group=config.tracking.group or _sweep_name() or str(config.dataset.name),
+        job_type=find_method(settings.name).name,
+        config=scientific(composed),
+        folder=Path(config.output_dir) / identity,
+    )
+    planner = PlanLab(config, store, tracker)
+    _recipe(planner, config, settings)
+    if config.plan:
+        show(planner, console)
+        check_fits(planner)
+        return 0.0
+    check_fits(planner)
+    with tracker:
+        lab = Lab(config, store, tracker)
+        outcome, evaluations = _recipe(lab, config, settings)
+        record = records.make_record(
+            run_id=identity,
+            config=scientific(composed),
+            outcome=outcome,
+            evaluations=evaluations,
+            nodes=lab.nodes,
+            versions=lab.reference().result.manifest["versions"],
+            tuned_by=tuned_by,
+        )
+        folder = Path(config.output_dir) / identity
+        path = records.write_record(folder, record)
+        _report(record, folder, console, tracker)
+        _generations(lab, evaluations, folder, tracker)
+    _say_where(record, path, console)
+    reward = record["rows"][outcome.reported]["metrics"].get("reward")
+    return 0.0 if reward is None else float(reward["mean"])
+
+
+def _recipe(lab: Lab, config: Config, settings: Any) -> tuple[Outcome, dict[str, Node]]:
+    """The method, then the evaluation of the reference and of every policy that it names."""
+    problem = problem_of(config.constraint)
+    outcome = find_method(settings.name).recipe(lab, problem, settings)
+    policies = {"sft": lab.reference()} | outcome.policies
+    return outcome, {name: lab.evaluate(node, problem, label=name) for name, node in policies.items()}
+
+
+def _tuning(path: str | None) -> dict[str, Any] | None:
+    """The search behind the settings, to be kept in the record."""
+    if path is None:
+        return None
+    file = Path(__file__).resolve().parents[1] / path
+    if not file.exists():
+        raise ConfigError(
+            f"tuned_by names {path}, which is not there", where="tuned_by", mend="tuned_by=null"
+        )
+    return {"file": path, **json.loads(file.read_text())}
+
+
+def _sweep_name() -> str | None:
+    """The W&B group of a multirun: a hash-free name of what is swept; None for a single run."""
+    hydra = HydraConfig.get() if HydraConfig.initialized() else None
+    if hydra is None or hydra.mode is None or hydra.mode.name != "MULTIRUN":
+        return None
+    return str(OmegaConf.select(hydra, "sweep.dir")).rstrip("/").rsplit("/", 1)[-1]
+
+
+def _report(record: dict[str, Any], folder: Path, console: Console, tracker: Tracker) -> None:
+    """Table and picture of one run, made from its record alone."""
+    title = f"{record['method']} on {record['config']['dataset']['name']}, seed {record['seed']}"
+    console.print(terminal_table([record], title))
+    (folder / "table.md").write_text(markdown_table([record]), encoding="utf-8")
+    for name, row in record["rows"].items():
+        for metric, value in row["metrics"].items():
+            tracker.summary({f"{name}/{metric}": value["mean"]})
+    utility = record["config"]["constraint"]["utilities"][0]
+    if utility in next(iter(record["rows"].values()))["metrics"]:
+        trade_off([record], folder / "trade_off", utility=utility)
+        tracker.image("trade_off", folder / "trade_off.png")
+
+
+def _generations(
+    lab: Lab, evaluations: dict[str, Node], folder: Path, tracker: Tracker, count: int = 12
+) -> None:
+    """Answers of every policy to the same prompts, side by side: a file, and a W&B table."""
+    rows: dict[str, dict[str, Any]] = {}
+    for name, node in evaluations.items():
+        answers = node.inputs["responses"].result.jsonl("responses.jsonl")
+        scores = node.inputs["scores"].result.jsonl("scores.jsonl")
+        seen: set[str] = set()
+        for answer, score in zip(answers, scores, strict=True):
+            if answer["prompt_id"] in seen or len(seen) >= count:
+                continue
+            seen.add(answer["prompt_id"])
+            row = rows.setdefault(answer["prompt_id"], {"prompt": answer["prompt"]})
+            row[name] = answer["response"]
+            row |= {f"{name} {key}": round(value, 3) for key, value in score.items()}
+    write_jsonl(folder / "generations.jsonl", rows.values())
+    if rows:
+        columns = list(next(iter(rows.values())))
+        tracker.table("generations", columns, [[row.get(c) for c in columns] for row in rows.values()])
+
+
+def _say_where(record: dict[str, Any], path: Path, console: Console) -> None:
+    cost = record["cost"]
+    console.print(
+        f"stages: {cost['stages_built_now']} run, {cost['stages'] - cost['stages_built_now']} found in the store\n"
+        f"record:      {path}\n"
+        f"table:       {path.with_name('table.md')}\n"
+        f"picture:     {path.with_name('trade_off.png')}\n"
+        f"generations: {path.with_name('generations.jsonl')}\n"
+        f"policy:      artifact {record['outcome']['policies'][record['outcome']['reported']]} in the store",
+        highlight=False,
+        soft_wrap=True,
+    )

@@ -1,0 +1,181 @@
+"""Stages that make tables: the embedded world, files of your own, and labels for sampled pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from alignbench.data.readers import Source, read_rows, split_by_prompt
+from alignbench.data.schema import check_demonstrations, check_pairs
+from alignbench.engine.runtime import derive_seed
+from alignbench.errors import DataError
+from alignbench.problem import cost_from_utility
+from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register
+from alignbench.store import write_json, write_jsonl
+from alignbench.worlds import annotate, handbook
+
+# Prompt and answer of the embedded world, in tokens of its own tokenizer: what a plan counts with.
+WORLD_PROMPT_TOKENS, WORLD_RESPONSE_TOKENS = 12, 24
+
+
+def _world(ctx: Context) -> None:
+    prompts = handbook.prompts(ctx.spec)
+    write_jsonl(ctx.out / "prompts.jsonl", [asdict(p) | {"prompt": p.text} for p in prompts])
+    write_jsonl(ctx.out / "demonstrations.jsonl", handbook.demonstrations(ctx.spec, prompts))
+
+
+WORLD = register(
+    Stage(
+        name="world",
+        version=1,
+        kind="data",
+        spec=handbook.WorldSpec,
+        run=_world,
+        estimate=lambda spec, inputs, runtime, hints: Estimate(
+            Facts(rows=spec.demonstrations, tokens=WORLD_PROMPT_TOKENS + WORLD_RESPONSE_TOKENS)
+        ),
+    )
+)
+
+
+@dataclass(frozen=True)
+class ReadSpec:
+    """Files of preference pairs (and demonstrations), by content.
+
+    Attributes:
+        pairs: Fingerprint of the pairs' source.
+        demonstrations: Fingerprint of the demonstrations' source, or None.
+        objectives: Objectives whose labels must be there ("reward" and utilities).
+        validation: "strict" refuses broken rows, "lenient" drops and counts them.
+        validation_share: Fraction of distinct prompts held out for validation.
+        test_share: Fraction of distinct prompts held out for reporting.
+        split_seed: Decides which prompts those are.
+    """
+
+    pairs: str
+    demonstrations: str | None
+    objectives: tuple[str, ...]
+    validation: str
+    validation_share: float
+    test_share: float
+    split_seed: int
+
+
+def _read(ctx: Context) -> None:
+    spec: ReadSpec = ctx.spec
+    source: Source = ctx.runtime.locations["pairs"]
+    rows, report = check_pairs(
+        read_rows(source), where=source.path, objectives=spec.objectives, mode=spec.validation
+    )
+    shares = {
+        "train": 1 - spec.validation_share - spec.test_share,
+        "validation": spec.validation_share,
+        "test": spec.test_share,
+    }
+    by_split = split_by_prompt(rows, {k: v for k, v in shares.items() if v > 0}, spec.split_seed)
+    pairs = [row | {"split": split} for split, part in by_split.items() for row in part]
+    write_jsonl(ctx.out / "pairs.jsonl", pairs)
+    write_jsonl(ctx.out / "prompts.jsonl", _distinct_prompts(pairs))
+    write_json(ctx.out / "report.json", report.to_dict())
+    if spec.demonstrations is not None:
+        where: Source = ctx.runtime.locations["demonstrations"]
+        shown, _ = check_demonstrations(read_rows(where), where=where.path, mode=spec.validation)
+        write_jsonl(ctx.out / "demonstrations.jsonl", shown)
+
+
+def _distinct_prompts(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row per distinct prompt text, in order of appearance."""
+    seen: dict[str, dict[str, Any]] = {}
+    for row in pairs:
+        seen.setdefault(
+            row["prompt"], {"prompt_id": f"p{len(seen)}", "prompt": row["prompt"], "split": row["split"]}
+        )
+    return list(seen.values())
+
+
+READ = register(
+    Stage(
+        name="read",
+        version=1,
+        kind="data",
+        spec=ReadSpec,
+        run=_read,
+        estimate=lambda spec, inputs, runtime, hints: Estimate(
+            Facts(rows=hints["rows"], tokens=hints["tokens"])
+        ),
+    )
+)
+
+
+@dataclass(frozen=True)
+class LabelSpec:
+    """Turn sampled responses into labelled pairs: samples 2k and 2k+1 of a prompt make pair k.
+
+    Attributes:
+        utilities: Utilities to label besides the reward.
+        pairs_per_prompt: Pairs made from each prompt's samples.
+    """
+
+    utilities: tuple[str, ...]
+    pairs_per_prompt: int
+
+
+def _label(ctx: Context) -> None:
+    spec: LabelSpec = ctx.spec
+    names = [f.name for f in fields(handbook.Prompt)]
+    prompts = {
+        row["prompt_id"]: handbook.Prompt(**{name: row[name] for name in names})
+        for row in ctx.inputs["data"].jsonl("prompts.jsonl")
+    }
+    responses = ctx.inputs["responses"].jsonl("responses.jsonl")
+    scores = ctx.inputs["scores"].jsonl("scores.jsonl")
+    by_sample = {(r["prompt_id"], r["sample"]): i for i, r in enumerate(responses)}
+    firsts = [
+        (prompt_id, 2 * k)
+        for prompt_id in dict.fromkeys(r["prompt_id"] for r in responses)
+        for k in range(spec.pairs_per_prompt)
+    ]
+    index = np.array([[by_sample[p, s], by_sample[p, s + 1]] for p, s in firsts])
+
+    def of(name: str) -> np.ndarray:
+        return np.array([score[name] for score in scores])[index]
+
+    labels = annotate.label_pairs(
+        of("reward"),
+        cost_from_utility(of("safety")),
+        {u: of(u) for u in spec.utilities if u != "safety"},
+        np.random.default_rng(derive_seed(ctx.seed, "label")),
+    )
+    rows = []
+    for n, ((prompt_id, _), (first, second)) in enumerate(zip(firsts, index, strict=True)):
+        texts = (responses[first]["response"], responses[second]["response"])
+        if texts[0].strip() == texts[1].strip() or not all(t.strip() for t in texts):
+            continue  # nothing to compare: an annotator would be shown the same answer twice
+        prompt = prompts[prompt_id]
+        row = annotate.pku_row(prompt, texts, labels, n, fields=16, utilities=True)
+        rows.append(row | {"prompt_id": prompt_id, "split": prompt.split, "kind": prompt.kind})
+    if not rows:
+        raise DataError(
+            "no pair of different answers was sampled",
+            where="dataset.world",
+            mend="raise dataset.world.pairs_per_prompt, or the sampling temperature",
+        )
+    kept, report = check_pairs(
+        rows, where="the sampled pairs", objectives=("reward", "safety", *spec.utilities)
+    )
+    write_jsonl(ctx.out / "pairs.jsonl", kept)
+    statistics = report.to_dict() | {"identical_or_empty": len(firsts) - len(rows)}
+    write_json(ctx.out / "report.json", statistics)
+
+
+def _label_estimate(
+    spec: LabelSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]
+) -> Estimate:
+    responses = inputs["responses"]
+    return Estimate(Facts(rows=responses.rows / 2, tokens=2 * responses.tokens))
+
+
+LABEL = register(Stage("label", 1, "pairs", LabelSpec, _label, _label_estimate))

@@ -1,0 +1,272 @@
+"""Stages that look at policies and change none: sample, score, logprobs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from alignbench.config import SamplingConfig
+from alignbench.data.tokenize import TruncationReport
+from alignbench.engine.batching import Row
+from alignbench.engine.generate import Request, generate
+from alignbench.engine.logprobs import sequence_logprobs
+from alignbench.engine.runtime import derive_seed, device_of, dtype_of, peak_memory
+from alignbench.errors import DataError
+from alignbench.models import policy as policies
+from alignbench.models.scorers import find_scorer
+from alignbench.stages.data import WORLD_RESPONSE_TOKENS
+from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, inference_memory, register
+from alignbench.stages.tokens import TokenSpec, encode_pairs, encode_responses, prompt_ids
+from alignbench.store import write_json, write_jsonl
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """Responses of a policy to the prompts of some splits.
+
+    Attributes:
+        splits: Splits of the prompt table.
+        samples: Responses per prompt.
+        sampling: Temperature, top-p, most new tokens.
+        tokens: Template and lengths.
+        dtype: Parameter dtype.
+    """
+
+    splits: tuple[str, ...]
+    samples: int
+    sampling: SamplingConfig
+    tokens: TokenSpec
+    dtype: str
+
+
+def _sample(ctx: Context) -> None:
+    spec: SampleSpec = ctx.spec
+    folder = ctx.inputs["policy"].path("policy")
+    hardware, device = ctx.runtime.hardware, device_of(ctx.runtime.hardware)
+    tokenizer = policies.load_tokenizer(folder)
+    prompts = [p for p in ctx.inputs["data"].jsonl("prompts.jsonl") if p["split"] in spec.splits]
+    if not prompts:
+        raise DataError(
+            f"no prompt in split {', '.join(spec.splits)}",
+            where="prompts",
+            mend="raise the split's share or size",
+        )
+    requests = [
+        Request(p["prompt_id"], ids, k)
+        for p in prompts
+        for ids in (tuple(prompt_ids(tokenizer, p["prompt"], spec.tokens)),)
+        for k in range(spec.samples)
+    ]
+    started = time.perf_counter()
+    with peak_memory(ctx.cost, device):
+        responses = generate(
+            policies.load_policy(folder, dtype_of(hardware), device),
+            requests,
+            sampling=spec.sampling,
+            eos_id=tokenizer.eos_token_id,
+            pad_id=policies.pad_id(tokenizer),
+            seed=derive_seed(ctx.seed, "sample"),
+            batch=hardware.generation_batch,
+            device=device,
+        )
+    text = {p["prompt_id"]: p["prompt"] for p in prompts}
+    write_jsonl(
+        ctx.out / "responses.jsonl",
+        [
+            {
+                "prompt_id": request.prompt_id,
+                "prompt": text[request.prompt_id],
+                "sample": request.sample,
+                "response": tokenizer.decode(ids, skip_special_tokens=True),
+                "response_ids": ids,
+                "finished": bool(ids) and ids[-1] == tokenizer.eos_token_id,
+            }
+            for request, ids in zip(requests, responses, strict=True)
+        ],
+    )
+    ctx.cost["generated_tokens"] = float(sum(map(len, responses)))
+    ctx.cost["seconds"] = time.perf_counter() - started
+
+
+def _sample_estimate(
+    spec: SampleSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]
+) -> Estimate:
+    rows = hints["prompts"] * spec.samples
+    length = min(
+        spec.sampling.max_new_tokens, WORLD_RESPONSE_TOKENS if spec.tokens.max_length <= 128 else 256
+    )
+    tokens, parameters = rows * length, inputs["policy"].parameters
+    in_flight = runtime.hardware.generation_batch * spec.tokens.max_length
+    return Estimate(
+        Facts(rows=rows, tokens=length + spec.tokens.max_prompt_length / 2),
+        generated_tokens=tokens,
+        flops=2 * parameters * tokens,
+        memory_bytes=inference_memory(parameters, in_flight, runtime),
+        overhead_seconds=1.0,
+    )
+
+
+SAMPLE = register(Stage("sample", 1, "responses", SampleSpec, _sample, _sample_estimate))
+
+
+@dataclass(frozen=True)
+class ScoreSpec:
+    """Reward and utilities of responses by a named scorer."""
+
+    scorer: str
+
+
+def _score(ctx: Context) -> None:
+    rows = ctx.inputs["responses"].jsonl("responses.jsonl")
+    started = time.perf_counter()
+    scores = find_scorer(ctx.spec.scorer)([r["prompt"] for r in rows], [r["response"] for r in rows])
+    for name, values in scores.items():
+        bad = np.flatnonzero(~np.isfinite(values))
+        if len(bad):
+            raise DataError(
+                f"scorer {ctx.spec.scorer!r} gave {len(bad)} {name} value(s) that are not finite",
+                where=f"response rows {bad[:3].tolist()}",
+                mend="mend the scorer, or drop those responses",
+            )
+    write_jsonl(
+        ctx.out / "scores.jsonl",
+        [{name: float(values[i]) for name, values in scores.items()} for i in range(len(rows))],
+    )
+    ctx.cost["scored_responses"] = float(len(rows))
+    ctx.cost["seconds"] = time.perf_counter() - started
+
+
+SCORE = register(
+    Stage(
+        "score",
+        1,
+        "scores",
+        ScoreSpec,
+        _score,
+        lambda spec, inputs, runtime, hints: Estimate(inputs["responses"], overhead_seconds=1.0),
+    )
+)
+
+
+@dataclass(frozen=True)
+class LogProbsSpec:
+    """Log-probs of a table's responses under a policy.
+
+    Attributes:
+        table: "pairs" (training and validation splits) or "responses".
+        tokens: Template and lengths.
+        dtype: Parameter dtype.
+        mismatched: Also of each prompt with another prompt's response (KTO's KL estimate).
+    """
+
+    table: str
+    tokens: TokenSpec
+    dtype: str
+    mismatched: bool = False
+
+
+def mismatch(rows: list[dict[str, Any]], index: np.ndarray, seed: int) -> np.ndarray:
+    """For each pair the position of another pair, with another prompt wherever there is one.
+
+    A seeded shuffle in which pairs of one prompt lie together, shifted by the largest such group: the partner
+    has another prompt unless one prompt holds more than half of all pairs.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = [rows[i]["prompt"] for i in index]
+    ranks = {p: r for p, r in zip(dict.fromkeys(prompts), rng.permutation(len(set(prompts))), strict=True)}
+    order = np.argsort([ranks[p] for p in prompts], kind="stable")
+    largest = max(np.bincount([ranks[p] for p in prompts]))
+    partner = np.empty(len(index), dtype=np.int64)
+    partner[order] = np.roll(order, -int(largest))
+    return partner
+
+
+def mismatched_rows(rows: list[Row], partner: np.ndarray) -> list[Row]:
+    """Each row's prompt with its partner's response, cut to the longer of the two rows' lengths."""
+    result = []
+    for row, other in zip(rows, partner, strict=True):
+        response = rows[other].ids[rows[other].prompt_length :]
+        ids = [*row.ids[: row.prompt_length], *response]
+        limit = max(len(row.ids), len(rows[other].ids), row.prompt_length + 1)
+        result.append(Row(ids[:limit], row.prompt_length))
+    return result
+
+
+def _logprobs(ctx: Context) -> None:
+    from safetensors.numpy import save_file
+
+    spec: LogProbsSpec = ctx.spec
+    folder = ctx.inputs["policy"].path("policy")
+    hardware, device = ctx.runtime.hardware, device_of(ctx.runtime.hardware)
+    tokenizer = policies.load_tokenizer(folder)
+    tables = _pair_tables(ctx, tokenizer) if spec.table == "pairs" else _response_table(ctx, tokenizer)
+    started, scored = time.perf_counter(), 0
+    with peak_memory(ctx.cost, device):
+        model = policies.load_policy(folder, dtype_of(hardware), device)
+        for name, (arrays, columns) in tables.items():
+            for column, rows in columns.items():
+                arrays[column] = sequence_logprobs(
+                    model,
+                    rows,
+                    pad_id=policies.pad_id(tokenizer),
+                    batch=hardware.eval_batch,
+                    device=device,
+                    label=f"log-probs {name} {column}",
+                )
+                scored += sum(len(row.ids) for row in rows)
+            save_file(arrays, ctx.out / f"{name}.safetensors")
+    ctx.cost["scored_tokens"] = float(scored)
+    ctx.cost["seconds"] = time.perf_counter() - started
+
+
+Table = tuple[dict[str, np.ndarray], dict[str, list[Row]]]
+
+
+def _pair_tables(ctx: Context, tokenizer: Any) -> dict[str, Table]:
+    spec: LogProbsSpec = ctx.spec
+    rows = ctx.inputs["rows"].jsonl("pairs.jsonl")
+    tables: dict[str, Table] = {}
+    report = TruncationReport()
+    for split in ("train", "validation"):
+        wanted = [i for i, row in enumerate(rows) if row["split"] == split]
+        if not wanted:
+            continue
+        pairs = encode_pairs(rows, wanted, tokenizer, spec.tokens)
+        report = pairs.report if split == "train" else report
+        arrays = {"index": pairs.index}
+        columns = {f"response_{k}": pairs.responses[k] for k in (0, 1)}
+        if spec.mismatched:
+            arrays["partner"] = mismatch(rows, pairs.index, derive_seed(ctx.seed, "mismatch", split))
+            columns |= {
+                f"mismatched_{k}": mismatched_rows(pairs.responses[k], arrays["partner"]) for k in (0, 1)
+            }
+        tables[split] = (arrays, columns)
+    write_json(ctx.out / "truncation.json", report.to_dict())
+    return tables
+
+
+def _response_table(ctx: Context, tokenizer: Any) -> dict[str, Table]:
+    rows = encode_responses(ctx.inputs["rows"].jsonl("responses.jsonl"), tokenizer, ctx.spec.tokens)
+    return {"responses": ({}, {"response": rows})}
+
+
+def _logprobs_estimate(
+    spec: LogProbsSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]
+) -> Estimate:
+    rows, parameters = inputs["rows"], inputs["policy"].parameters
+    tokens = rows.rows * rows.tokens * (2 if spec.mismatched else 1)
+    per_row = rows.tokens / 2 if spec.table == "pairs" else rows.tokens
+    return Estimate(
+        Facts(rows=rows.rows),
+        scored_tokens=tokens,
+        flops=2 * parameters * tokens,
+        memory_bytes=inference_memory(parameters, runtime.hardware.eval_batch * per_row, runtime),
+        overhead_seconds=1.0,
+    )
+
+
+LOGPROBS = register(Stage("logprobs", 1, "logprobs", LogProbsSpec, _logprobs, _logprobs_estimate))

@@ -1,0 +1,124 @@
+"""From text rows to token rows, with every truncation counted: shared by all stages that feed a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from alignbench.data.templates import render_prompt
+from alignbench.data.tokenize import TruncationReport, encode, encode_pair, encode_prompt
+from alignbench.engine.batching import Row
+from alignbench.errors import DataError
+
+
+@dataclass(frozen=True)
+class TokenSpec:
+    """How text becomes tokens; part of every spec that it touches.
+
+    Attributes:
+        template: Name of the prompt template.
+        max_length: Most tokens of prompt and response together.
+        max_prompt_length: Most tokens of the prompt; its end is kept.
+    """
+
+    template: str
+    max_length: int
+    max_prompt_length: int
+
+
+@dataclass(frozen=True)
+class PairRows:
+    """Tokenised preference pairs.
+
+    Attributes:
+        index: Row number in the pairs table of every kept pair.
+        responses: Token rows of response 0 and of response 1.
+        report: What truncation did.
+    """
+
+    index: np.ndarray
+    responses: tuple[list[Row], list[Row]]
+    report: TruncationReport
+
+
+def prompt_ids(tokenizer: Any, prompt: str, spec: TokenSpec) -> list[int]:
+    """Token ids of a rendered prompt."""
+    text = render_prompt(spec.template, prompt, tokenizer)
+    return encode_prompt(tokenizer, text, max_prompt_length=spec.max_prompt_length)
+
+
+def encode_pairs(
+    rows: Sequence[Mapping[str, Any]], index: Sequence[int], tokenizer: Any, spec: TokenSpec
+) -> PairRows:
+    """Tokenise `rows[i] for i in index`; a pair that would lose an answer is dropped and counted.
+
+    Raises:
+        DataError: no pair is left.
+    """
+    report = TruncationReport()
+    kept: list[int] = []
+    sides: tuple[list[Row], list[Row]] = ([], [])
+    for i in index:
+        row = rows[i]
+        text = render_prompt(spec.template, row["prompt"], tokenizer)
+        pair = encode_pair(
+            tokenizer,
+            text,
+            row["response_0"],
+            row["response_1"],
+            max_length=spec.max_length,
+            max_prompt_length=spec.max_prompt_length,
+        )
+        report.add(pair)
+        if pair.dropped:
+            continue
+        kept.append(i)
+        for rows_of_side, side in zip(sides, pair, strict=True):
+            rows_of_side.append(Row(side.input_ids, side.prompt_length))
+    if len(index) and not kept:
+        raise DataError(
+            f"all {len(index)} pairs lose an answer at max_length {spec.max_length}: {report.summary()}",
+            where="model.max_length",
+            mend="raise model.max_length, or lower model.max_prompt_length",
+        )
+    return PairRows(np.array(kept, dtype=np.int64), sides, report)
+
+
+def encode_demonstrations(
+    rows: Sequence[Mapping[str, Any]], tokenizer: Any, spec: TokenSpec
+) -> tuple[list[Row], TruncationReport]:
+    """Tokenise (prompt, response) rows for SFT."""
+    report = TruncationReport()
+    kept = []
+    for row in rows:
+        encoded = encode(
+            tokenizer,
+            render_prompt(spec.template, row["prompt"], tokenizer),
+            row["response"],
+            max_length=spec.max_length,
+            max_prompt_length=spec.max_prompt_length,
+        )
+        report.add(encoded)
+        if not encoded.dropped:
+            kept.append(Row(encoded.input_ids, encoded.prompt_length))
+    if not kept:
+        raise DataError(
+            f"no demonstration fits max_length {spec.max_length}",
+            where="model.max_length",
+            mend="raise model.max_length",
+        )
+    return kept, report
+
+
+def encode_responses(rows: Sequence[Mapping[str, Any]], tokenizer: Any, spec: TokenSpec) -> list[Row]:
+    """Sampled responses as token rows, from their own ids (decoding and re-encoding could merge tokens)."""
+    cache: dict[str, list[int]] = {}
+    result = []
+    for row in rows:
+        prompt = cache.setdefault(row["prompt_id"], []) or prompt_ids(tokenizer, row["prompt"], spec)
+        cache[row["prompt_id"]] = prompt
+        result.append(Row([*prompt, *row["response_ids"]], len(prompt)))
+    return result

@@ -1,0 +1,598 @@
+"""Content-addressed artifacts on disk: each is computed once, and is there whole or not at all.
+
+The layout under the root of a store::
+
+    artifacts/<key>/        one immutable artifact with its manifest.json
+    building/<key>/out/     the artifact under construction, wiped at each attempt
+    building/<key>/work/    checkpoints of the attempt: they survive a kill
+    locks/<key>.lock        who may build the key (an flock: the kernel frees it when its holder dies)
+    locks/<key>.json        who that is; for messages only, so a stale one never blocks
+    damaged/<key>-<n>/      artifacts that failed their checksums, kept for inspection
+
+Specs are typed dataclasses: an int in a field annotated ``float`` counts as that float, so ``beta: 1`` and
+``beta: 1.0`` are one artifact. Untyped containers keep the difference: nothing says which was meant.
+"""
+
+import dataclasses
+import errno
+import functools
+import hashlib
+import json
+import math
+import os
+import re
+import secrets
+import shutil
+import stat
+import sys
+import threading
+import time
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from alignbench import __version__
+from alignbench.errors import StoreError
+
+MANIFEST = "manifest.json"
+_FOLDERS = ("artifacts", "building", "locks", "damaged")
+_PACKAGES = ("torch", "transformers", "deepspeed")
+_DISK_ERRORS = {
+    errno.ENOSPC: ("is full", "no space left on device"),
+    errno.EDQUOT: ("has used up your quota", "disk quota exceeded"),
+    errno.EFBIG: ("refuses a file this large (see `ulimit -f`)", "file too large"),
+}
+_POLL_S = 0.1
+_SHY_HOLDER_S = 2.0  # a holder says who it is just after it has the lock; do not call it unknown before this
+
+_hints = functools.cache(typing.get_type_hints)
+
+
+def _alternatives(hint: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if union else (hint,)
+
+
+def _element_hint(hint: Any, index: int = 0) -> Any:
+    """The annotation of element `index` (of the values, for a mapping) of a container annotated `hint`."""
+    for option in _alternatives(hint):
+        args = typing.get_args(option)
+        if typing.get_origin(option) is tuple and Ellipsis not in args:
+            return args[index] if index < len(args) else None
+        if args:
+            return args[0] if args[-1] is Ellipsis else args[-1]
+    return None
+
+
+def _scalar(value: Any, hint: Any, where: str) -> Any:
+    try:
+        if type(value) is int and float in _alternatives(hint) and int not in _alternatives(hint):
+            value = float(value)
+        if type(value) is str:
+            value.encode()
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise TypeError(f"{where}: {error}") from error
+    if type(value) is not float:
+        return value
+    if not math.isfinite(value):
+        raise TypeError(f"{where}: {value} is not a number that JSON can hold")
+    return value + 0.0  # -0.0 and 0.0 are one value, so they must be one text
+
+
+def _plain(value: Any, hint: Any, where: str) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return _scalar(value, hint, where)
+    if isinstance(value, (list, tuple)):
+        return [_plain(v, _element_hint(hint, i), f"{where}[{i}]") for i, v in enumerate(value)]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        hints, names = _hints(type(value)), [f.name for f in dataclasses.fields(value)]
+        return {name: _plain(getattr(value, name), hints[name], f"{where}.{name}") for name in names}
+    if isinstance(value, Mapping):
+        if odd := [name for name in value if type(name) is not str]:
+            raise TypeError(f"{where}: the key {odd[0]!r} is {type(odd[0]).__name__}, JSON keys are str")
+        inner = _element_hint(hint)
+        return {_scalar(k, None, where): _plain(v, inner, f"{where}.{k}") for k, v in value.items()}
+    advice = "dataclasses, dict, list, tuple, str, int, float, bool and None are allowed"
+    if type(value).__module__.startswith(("numpy", "torch")):
+        advice = "convert it with .item() or .tolist()"
+    elif isinstance(value, os.PathLike):
+        advice = "a path differs between machines: use the key of an artifact, or a name"
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    raise TypeError(f"{where}: {kind} cannot be written as JSON; {advice}")
+
+
+def plain(obj: Any) -> Any:
+    """Turn `obj` into JSON's own types; ints in dataclass fields annotated float become floats, -0.0 is 0.0.
+
+    Raises:
+        TypeError: A value that JSON cannot hold or that would read differently elsewhere (NaN, infinity,
+            paths, numpy scalars, sets, keys that are not str); the message says where in `obj` it is.
+        NameError: The annotations of a dataclass cannot be resolved; guessing would give one spec two keys.
+    """
+    return _plain(obj, None, "value")
+
+
+def canonical(obj: Any) -> str:
+    """The one JSON text of `obj`: sorted keys, no spaces, floats by repr; see `plain` for what is allowed."""
+    return json.dumps(plain(obj), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def artifact_key(stage: str, version: int, spec: Any, inputs: Mapping[str, str], seed: int) -> str:
+    """The name of what a stage computes: 32 hex digits that change if and only if an argument changes.
+
+    Args:
+        stage: Name of the stage.
+        version: Version of the stage's code: raise it when the same spec gives other numbers.
+        spec: A dataclass or JSON value with everything that changes the numbers, and nothing else.
+        inputs: Role of each input artifact (`reference`, `pairs`) -> its key.
+        seed: The stage's seed.
+
+    Raises:
+        TypeError: `spec` cannot be written as JSON.
+    """
+    parts = {"stage": stage, "version": version, "spec": spec, "inputs": dict(inputs), "seed": seed}
+    return _sha256(canonical(parts))[:32]
+
+
+def write_json(path: Path, obj: Any) -> None:
+    """Write `obj` as indented JSON; raises TypeError for what `plain` refuses."""
+    text = json.dumps(plain(obj), indent=2, ensure_ascii=False) + "\n"
+    Path(path).write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_jsonl(path: Path, rows: Iterable[Any]) -> None:
+    """Write one JSON value per line; raises TypeError (naming the row, from 0) for what `plain` refuses."""
+    with open(path, "w", encoding="utf-8", newline="\n") as stream:
+        for number, row in enumerate(rows):
+            stream.write(json.dumps(_plain(row, None, f"row {number}"), ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; raises StoreError if it is absent or no JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot read JSON: {error}", where=str(path)) from error
+
+
+def read_jsonl(path: Path) -> list[Any]:
+    """Read the rows of a JSON-lines file; raises StoreError naming the line (from 1) that is no JSON."""
+    rows: list[Any] = []
+    try:
+        with open(path, encoding="utf-8", newline="\n") as stream:
+            rows.extend(json.loads(line) for line in stream)
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot read JSON lines: {error}", where=f"{path}, line {len(rows) + 1}") from error
+    return rows
+
+
+def atomic_write_json(path: Path, obj: Any) -> None:
+    """Write `obj` as JSON so that `path` is, at every moment, the old file or the whole new one.
+
+    Missing parent folders are made. Raises TypeError for what `plain` refuses, OSError if writing fails.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile: its 0600 would hide records and holders from the colleagues who share a store.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
+    try:
+        write_json(temporary, obj)
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems do not sync folders
+            raise
+    finally:
+        os.close(handle)
+
+
+def _scan(folder: str | Path, prefix: str = "") -> Iterator[tuple[str, os.stat_result]]:
+    """Everything below `folder` that is not itself a folder: (posix name relative to it, lstat)."""
+    with os.scandir(folder) as entries:
+        for entry in sorted(entries, key=lambda e: e.name):
+            if entry.is_dir(follow_symlinks=False):
+                yield from _scan(entry.path, f"{prefix}{entry.name}/")
+            else:
+                yield prefix + entry.name, entry.stat(follow_symlinks=False)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _disk_error(error: BaseException | None) -> tuple[str, Any] | None:
+    """What a full disk said somewhere in the chain of `error`, and the file it said it about, if known."""
+    while error is not None:
+        for number, (what, text) in _DISK_ERRORS.items():
+            # Rust and C++ writers (safetensors, torch) and ranks in other processes pass on the text only.
+            if getattr(error, "errno", None) == number or text in str(error).lower():
+                return what, getattr(error, "filename", None)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return None
+
+
+@contextmanager
+def _explained_disk_errors(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        found = None if isinstance(error, StoreError) else _disk_error(error)
+        if found is None:
+            raise
+        place = Path(str(found[1] or folder)).absolute()
+        place = next(p for p in (place, *place.parents) if p.is_dir())
+        disk = next(p for p in (place, *place.parents) if p.is_mount())
+        free, quote = shutil.disk_usage(place).free / 2**20, str(error).strip().partition("\n")[0][:200]
+        raise StoreError(
+            f"the disk {disk} {found[0]}, {free:.1f} MiB are free now ({quote})",
+            where=str(place),
+            mend="make space, then run the same command again: nothing complete was lost, finished artifacts "
+            "are found and the interrupted stage resumes from its last whole checkpoint",
+        ) from error
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What an artifact is: the arguments of `artifact_key`, plus its kind (`policy`, `pairs`, ...).
+
+    The kind follows from stage and version, so it is no part of the key.
+    """
+
+    stage: str
+    version: int
+    kind: str
+    spec: Any
+    inputs: Mapping[str, str]
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """The artifact's key; see `artifact_key`."""
+        return artifact_key(self.stage, self.version, self.spec, self.inputs, self.seed)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A whole artifact. Its folder is immutable: copy a file elsewhere to change it."""
+
+    key: str
+    kind: str
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def size(self) -> int:
+        """Bytes in its files, without the manifest."""
+        return sum(entry["bytes"] for entry in self.manifest["files"].values())
+
+    def path(self, name: str) -> Path:
+        """The path of a listed file, or of a folder of listed files; raises StoreError for any other name."""
+        files = sorted(self.manifest["files"])
+        if name in files or any(listed.startswith(name.rstrip("/") + "/") for listed in files):
+            return self.folder / name
+        what = f"the {self.kind} artifact {self.key} has no file {name!r}"
+        raise StoreError(what, where=str(self.folder), mend=f"it has: {', '.join(files)}")
+
+    def json(self, name: str) -> Any:
+        """The content of a JSON file."""
+        return read_json(self.path(name))
+
+    def jsonl(self, name: str) -> list[Any]:
+        """The rows of a JSON-lines file."""
+        return read_jsonl(self.path(name))
+
+
+@dataclass
+class Workspace:
+    """What a stage may write to while it builds an artifact.
+
+    Attributes:
+        key: Key of the artifact.
+        out: Empty folder; what is in it at the end is the artifact. Plain files and folders only.
+        work: Folder for checkpoints, possibly filled by a killed attempt. A kill can come at any byte, so
+            write under a temporary name and rename. Removed once the artifact is complete.
+        cost: Name -> number (tokens, seconds, bytes), filled by the stage, kept in the manifest.
+    """
+
+    key: str
+    out: Path
+    work: Path
+    cost: dict[str, float] = field(default_factory=dict)
+
+
+def _to_stderr(message: str) -> None:
+    print(f"[store] {message}", file=sys.stderr, flush=True)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
+    from importlib import metadata  # it reads text files; importing the packages would take seconds
+
+    found: dict[str, str | None] = {"python": sys.version.split()[0], "alignbench": __version__}
+    for name in _PACKAGES:
+        found[name] = None
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
+
+
+def _process_start(pid: int) -> str | None:
+    """A mark that tells a process from a later one of the same pid; None if there is no such process."""
+    try:
+        # The command name in field 2 may hold spaces and brackets, so count from behind it.
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return None
+
+
+def _manifest(folder: Path) -> dict[str, Any] | str:
+    """The manifest in `folder`, or what is wrong with it; raises PermissionError if that cannot be told."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        claimed = manifest.pop("manifest_sha256")
+        right = claimed == _sha256(canonical(manifest)) and manifest["key"] == folder.name
+    except PermissionError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{MANIFEST}: {'missing' if isinstance(error, FileNotFoundError) else f'unreadable ({error})'}"
+    return manifest if right else f"{MANIFEST}: its content differs from its own checksum"
+
+
+def _faults(folder: Path, files: dict[str, Any], found: dict[str, os.stat_result]) -> Iterator[str]:
+    """What is wrong with the `found` files of an artifact, given those that its manifest lists."""
+    for name, expected in files.items():
+        if name not in found:
+            yield f"{name}: missing"
+        elif not stat.S_ISREG(found[name].st_mode):
+            yield f"{name}: not a plain file"
+        elif found[name].st_size != expected["bytes"]:
+            yield f"{name}: {found[name].st_size} bytes instead of {expected['bytes']}"
+        elif _digest(folder / name) != expected["sha256"]:
+            yield f"{name}: sha256 differs from the manifest"
+    for name in sorted(set(found) - set(files) - {MANIFEST}):
+        yield f"{name}: not listed in the manifest"
+
+
+class Store:
+    """The artifacts of one root folder, safe to share among processes and (where flock works) machines.
+
+    Args:
+        root: Folder of the store; made if absent.
+        on_message: Receives one line for each thing a user should know (waiting, damage); default stderr.
+        remind_every_s: Seconds between reminders while waiting for another process.
+
+    Raises:
+        StoreError: `root` cannot be read and written.
+    """
+
+    def __init__(
+        self, root: Path, on_message: Callable[[str], None] = _to_stderr, *, remind_every_s: float = 30.0
+    ) -> None:
+        self.root = Path(root).absolute()
+        self._say, self._remind_every_s = on_message, remind_every_s
+        self._verified: dict[str, tuple[dict[str, tuple[int, int]], Artifact]] = {}
+        self._mine: set[tuple[int, str]] = set()
+        try:
+            for name in ("", *_FOLDERS):
+                (self.root / name).mkdir(parents=True, exist_ok=True)
+                if not os.access(self.root / name, os.R_OK | os.W_OK | os.X_OK):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(self.root / name))
+        except OSError as error:
+            mend = "choose a folder that you may write to, or mend its permissions"
+            raise StoreError(f"the store cannot be used: {error}", where=str(self.root), mend=mend) from error
+
+    def find(self, key: str) -> Artifact | None:
+        """The whole, verified artifact of `key`, or None.
+
+        Every file's size and sha256 is checked at first, later only that size and modification time stay. A
+        damaged artifact is reported and set aside, unless another process is already about to replace it.
+
+        Raises:
+            StoreError: `key` is no key, or a file may not be read.
+        """
+        if not re.fullmatch(r"[0-9a-f]{32}", key):
+            raise StoreError(f"{key!r} is not an artifact key (32 hex digits)")
+        state = self._inspect(key)
+        if not isinstance(state, list):
+            return state
+        # Only the lock's holder may judge and move: without it, a slow reader of the damaged files could move
+        # away the good artifact that another process has just put in their place.
+        if (lock := self._acquire(key, 0.0)) is None:
+            return None
+        try:
+            return self._find_locked(key)
+        finally:
+            lock.release()
+
+    def artifacts(self) -> Iterator[Artifact]:
+        """All artifacts by key, without checking their files; those with a damaged manifest are left out."""
+        for folder in sorted((self.root / "artifacts").iterdir()):
+            if isinstance(manifest := _manifest(folder), dict):
+                yield Artifact(folder.name, manifest["kind"], folder, manifest)
+
+    @property
+    def size(self) -> int:
+        """Bytes in the files of all artifacts."""
+        return sum(artifact.size for artifact in self.artifacts())
+
+    def _inspect(self, key: str) -> Artifact | list[str] | None:
+        """The artifact if it is whole, None if there is none, else the list of its faults."""
+        folder = self.root / "artifacts" / key
+        if not os.path.lexists(folder):
+            return None
+        try:
+            found = dict(_scan(folder))
+            signature = {name: (s.st_size, s.st_mtime_ns) for name, s in found.items()}
+            known = self._verified.get(key)
+            if known is not None and known[0] == signature:
+                return known[1]
+            manifest = _manifest(folder)
+            faults = [manifest] if isinstance(manifest, str) else [*_faults(folder, manifest["files"], found)]
+        except PermissionError as error:
+            mend = "ask its owner for read permission, or use a store of your own"
+            raise StoreError(f"an artifact may not be read: {error}", where=str(folder), mend=mend) from error
+        except OSError as error:
+            return [str(error)]
+        if faults or isinstance(manifest, str):
+            return faults
+        self._verified[key] = (signature, Artifact(key, manifest["kind"], folder, manifest))
+        return self._verified[key][1]
+
+    def _find_locked(self, key: str) -> Artifact | None:
+        faults = self._inspect(key)
+        if not isinstance(faults, list):
+            return faults
+        number = 0
+        while os.path.lexists(target := self.root / "damaged" / f"{key}-{number}"):
+            number += 1
+        os.rename(self.root / "artifacts" / key, target)
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        self._say(f"artifact {key} is damaged ({shown}); moved to damaged/{target.name}, it will be rebuilt")
+        return None
+
+    def _acquire(self, key: str, seconds: float) -> filelock.BaseFileLock | None:
+        # filelock's soft locks are mere files: one left by a killed process would block for ever.
+        lock = filelock.FileLock(self.root / "locks" / f"{key}.lock", fallback_to_soft=False)
+        try:
+            lock.acquire(timeout=seconds, poll_interval=_POLL_S)
+        except filelock.Timeout:
+            return None
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+                raise
+            mend = "put the store where flock works (a local disk, NFS 4, Lustre mounted with -o flock)"
+            raise StoreError(f"no file locks here: {error}", where=str(self.root), mend=mend) from error
+        return lock
+
+    def _wait(self, key: str) -> filelock.BaseFileLock:
+        begun = due = time.monotonic()
+        while (lock := self._acquire(key, _POLL_S)) is None:
+            now, holder = time.monotonic(), self._holder(key)
+            if now >= due and (holder is not None or now - begun >= _SHY_HOLDER_S):
+                self._say(f"waiting for artifact {key}: {holder or 'its builder has not said who it is'}")
+                due = now + self._remind_every_s
+        return lock
+
+    def _holder(self, key: str) -> str | None:
+        """Who builds `key`, in words; None if that is unknown or a process that has died."""
+        try:
+            info = json.loads((self.root / "locks" / f"{key}.json").read_text(encoding="utf-8"))
+            if info["host"] == os.uname().nodename and _process_start(info["pid"]) != info["started"]:
+                return None
+            return "stage {stage!r} is being built by pid {pid} on host {host} since {since}".format(**info)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    @contextmanager
+    def _held(self, key: str, stage: str) -> Iterator[None]:
+        me, info = (threading.get_ident(), key), self.root / "locks" / f"{key}.json"
+        if me in self._mine:
+            raise StoreError(f"stage {stage!r} asks for its own artifact while building it", where=key)
+        lock = self._acquire(key, 0.0) or self._wait(key)
+        self._mine.add(me)
+        try:
+            pid = os.getpid()
+            who = {"host": os.uname().nodename, "pid": pid, "started": _process_start(pid), "stage": stage}
+            atomic_write_json(info, who | {"since": _now()})
+            yield
+        finally:
+            self._mine.discard(me)
+            with suppress(OSError):
+                info.unlink()
+            lock.release()
+
+    def obtain(self, identity: Identity, produce: Callable[[Workspace], None]) -> tuple[Artifact, bool]:
+        """The artifact of `identity`: found, awaited from another process, or built by `produce`.
+
+        An exception in `produce` passes through; its `work` folder stays for the next attempt.
+
+        Returns:
+            The artifact, and whether this call built it.
+
+        Raises:
+            StoreError: A full disk or quota (from here or from `produce`), or an output that is no artifact.
+            TypeError: The spec or the cost cannot be written as JSON.
+        """
+        key = identity.key
+        with _explained_disk_errors(self.root):
+            artifact, built = self.find(key), False
+            if artifact is None:
+                with self._held(key, identity.stage):
+                    artifact = self._find_locked(key)
+                    if artifact is None:
+                        artifact, built = self._build(identity, key, produce), True
+        if artifact.kind != identity.kind:
+            what = f"stage {identity.stage!r} made a {artifact.kind!r}, not a {identity.kind!r}"
+            raise StoreError(what, where=key, mend="raise the stage's version")
+        return artifact, built
+
+    def _build(self, identity: Identity, key: str, produce: Callable[[Workspace], None]) -> Artifact:
+        building, target = self.root / "building" / key, self.root / "artifacts" / key
+        workspace = Workspace(key, building / "out", building / "work")
+        if workspace.out.exists():
+            shutil.rmtree(workspace.out)
+        workspace.out.mkdir(parents=True)
+        workspace.work.mkdir(exist_ok=True)
+        try:
+            produce(workspace)
+            manifest = self._seal(identity, workspace)
+            os.rename(workspace.out, target)
+        except BaseException:
+            shutil.rmtree(workspace.out, ignore_errors=True)
+            raise
+        _sync(target.parent)
+        shutil.rmtree(building, ignore_errors=True)
+        signature = {name: (s.st_size, s.st_mtime_ns) for name, s in _scan(target)}
+        self._verified[key] = (signature, Artifact(key, identity.kind, target, manifest))
+        return self._verified[key][1]
+
+    @staticmethod
+    def _seal(identity: Identity, workspace: Workspace) -> dict[str, Any]:
+        """Check the output, write its manifest and bring all of it to the disk itself."""
+        out, found = workspace.out, dict(_scan(workspace.out))
+        faults = [
+            f"{name} is a link or no plain file" for name, s in found.items() if not stat.S_ISREG(s.st_mode)
+        ]
+        faults += [f"it has a {MANIFEST} of its own"] if MANIFEST in found else []
+        if faults or not found:
+            what = f"the output of stage {identity.stage!r} is no artifact: {(faults or ['it is empty'])[0]}"
+            raise StoreError(
+                what, where=workspace.key, mend="write plain files, at least one, to Workspace.out"
+            )
+        files = {name: {"sha256": _digest(out / name), "bytes": s.st_size} for name, s in found.items()}
+        manifest = {"key": workspace.key} | {
+            f.name: getattr(identity, f.name) for f in dataclasses.fields(identity)
+        }
+        manifest |= {"files": files, "cost": {name: float(value) for name, value in workspace.cost.items()}}
+        manifest = plain(manifest | {"versions": _versions(), "created": _now()})
+        write_json(out / MANIFEST, manifest | {"manifest_sha256": _sha256(canonical(manifest))})
+        for name in (*files, MANIFEST):
+            _sync(out / name)
+        for folder, _, _ in os.walk(out):
+            _sync(Path(folder))
+        return manifest
