@@ -90,9 +90,7 @@ def explain_overrides(overrides: list[str]) -> None:
             raise ConfigError(
                 f"unknown option {key!r}",
                 where=f"override {override.input_line}",
-                mend=f"did you mean {', '.join(near)}?"
-                if near
-                else "see `python main.py --cfg job` for all keys",
+                mend=f"did you mean {', '.join(near)}?" if near else "see `python main.py --cfg job` for all keys",
             )
 
 
@@ -112,7 +110,7 @@ def _known_keys(choices: list[str]) -> list[str] | None:
 
 def _paths(node: DictConfig, prefix: str = "") -> list[str]:
     paths = []
-    for key in node:
+    for key in map(str, node):
         name = f"{prefix}{key}"
         paths.append(name)
         child = None if OmegaConf.is_missing(node, key) else node._get_node(key)

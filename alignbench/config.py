@@ -69,6 +69,7 @@ class ArchitectureConfig:
     kv_heads: int = MISSING
     max_positions: int = MISSING
     tied_embeddings: bool = True
+    initializer_range: float = 0.02
 
 
 @dataclass
@@ -312,9 +313,7 @@ def validate(config: Config, settings: Any) -> None:
 
 def problem_of(constraint: ConstraintConfig) -> Problem:
     """The constrained problem that a configuration states; its own checks raise ConfigError."""
-    return Problem(
-        constraint.beta, Form(constraint.form), tuple(constraint.utilities), tuple(constraint.thresholds)
-    )
+    return Problem(constraint.beta, Form(constraint.form), tuple(constraint.utilities), tuple(constraint.thresholds))
 
 
 def check_train(train: TrainConfig, where: str) -> None:
@@ -381,9 +380,7 @@ def _check_dataset(config: Config) -> None:
     if data.world is not None:
         for name in ("train_prompts", "test_prompts", "demonstrations", "pairs_per_prompt"):
             if getattr(data.world, name) < 1:
-                raise ConfigError(
-                    f"{name} must be at least 1", where=f"dataset.world.{name}", mend="raise it"
-                )
+                raise ConfigError(f"{name} must be at least 1", where=f"dataset.world.{name}", mend="raise it")
         _check_sampling(data.world.sampling, "dataset.world.sampling", config.model)
 
 
@@ -445,9 +442,7 @@ def _check_hardware(hardware: HardwareConfig) -> None:
         )
     for name in ("micro_batch", "eval_batch", "generation_batch", "checkpoint_every"):
         if getattr(hardware, name) < 1:
-            raise ConfigError(
-                f"hardware.{name} must be at least 1", where=f"hardware.{name}", mend="raise it"
-            )
+            raise ConfigError(f"hardware.{name} must be at least 1", where=f"hardware.{name}", mend="raise it")
 
 
 def _check_evaluation(config: Config) -> None:

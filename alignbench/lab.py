@@ -9,12 +9,13 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from alignbench import stages
 from alignbench.config import Config, LoraConfig, SamplingConfig, SourceConfig, TrainConfig
 from alignbench.data.readers import Source
 from alignbench.data.readers import fingerprint as data_fingerprint
+from alignbench.data.schema import Mode
 from alignbench.errors import ConfigError
 from alignbench.models.policy import fingerprint as model_fingerprint
 from alignbench.problem import Problem
@@ -152,11 +153,9 @@ class Lab:
         assert files is not None  # one of the two, by validation
         read = ReadSpec(
             pairs=data_fingerprint(_source(files.pairs)),
-            demonstrations=None
-            if files.demonstrations is None
-            else data_fingerprint(_source(files.demonstrations)),
+            demonstrations=None if files.demonstrations is None else data_fingerprint(_source(files.demonstrations)),
             objectives=("reward", *self.config.constraint.utilities),
-            validation=files.validation,
+            validation=cast(Mode, files.validation),
             validation_share=files.validation_share,
             test_share=files.test_share,
             split_seed=data.seed,
@@ -202,9 +201,7 @@ class Lab:
         """Preference training from `start` against `reference` (SACPO eqs. 6, 7); reference log-probs cached."""
         cached = self._run(
             stages.LOGPROBS,
-            LogProbsSpec(
-                "pairs", self._tokens, self.config.hardware.dtype, mismatched=settings.loss == "kto"
-            ),
+            LogProbsSpec("pairs", self._tokens, self.config.hardware.dtype, mismatched=settings.loss == "kto"),
             {"policy": reference, "rows": pairs},
             f"reference log-probs for {label}",
         )

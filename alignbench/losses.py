@@ -61,9 +61,7 @@ def pair_loss(name: str) -> PairLoss:
         return PairLoss(name)
     except ValueError:
         known = ", ".join(member.value for member in PairLoss)
-        raise ConfigError(
-            f"unknown preference loss {name!r}", where="loss", mend=f"use one of: {known}"
-        ) from None
+        raise ConfigError(f"unknown preference loss {name!r}", where="loss", mend=f"use one of: {known}") from None
 
 
 def dpo(
@@ -103,9 +101,7 @@ def dpo(
         _require_values("label_smoothing", label_smoothing, low=0.0, high=1.0)
     else:
         if not 0.0 <= label_smoothing <= 1.0:
-            raise ConfigError(
-                f"label_smoothing is {label_smoothing}", where="dpo", mend="choose it in [0, 1]"
-            )
+            raise ConfigError(f"label_smoothing is {label_smoothing}", where="dpo", mend="choose it in [0, 1]")
         if label_smoothing == 0.0:
             return -F.logsigmoid(scaled)
     return -(1.0 - label_smoothing) * F.logsigmoid(scaled) - label_smoothing * F.logsigmoid(-scaled)
@@ -143,9 +139,7 @@ def ipo(
     _require_positive("beta", beta)
     chosen, rejected = _vectors(chosen_logratio=chosen_logratio, rejected_logratio=rejected_logratio)
     if (chosen_length is None) != (rejected_length is None):
-        raise ConfigError(
-            "only one of the two response lengths is given", where="ipo", mend="give both, or neither"
-        )
+        raise ConfigError("only one of the two response lengths is given", where="ipo", mend="give both, or neither")
     if chosen_length is not None and rejected_length is not None:
         chosen = chosen / _token_counts("chosen_length", chosen_length, chosen)
         rejected = rejected / _token_counts("rejected_length", rejected_length, rejected)
@@ -343,9 +337,7 @@ def _require_shape(name: str, tensor: torch.Tensor, like: torch.Tensor) -> None:
 def _require_values(name: str, tensor: torch.Tensor, *, low: float, high: float = math.inf) -> None:
     """Check a tensor's range, on the CPU only: on a GPU it would stall every micro-batch to recheck data."""
     if tensor.device.type == "cpu" and bool(((tensor < low) | (tensor > high)).any()):
-        raise ConfigError(
-            f"{name} has values outside [{low:g}, {high:g}]", where="losses", mend="check the data rows"
-        )
+        raise ConfigError(f"{name} has values outside [{low:g}, {high:g}]", where="losses", mend="check the data rows")
 
 
 def _require_positive(name: str, value: float) -> None:

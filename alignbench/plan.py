@@ -45,11 +45,7 @@ def memory_limit(hardware: HardwareConfig) -> float:
     if hardware.device == "cuda":
         import torch
 
-        return (
-            float(torch.cuda.get_device_properties(0).total_memory)
-            if torch.cuda.is_available()
-            else 80 * 2**30
-        )
+        return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 80 * 2**30
     return float(psutil.virtual_memory().total)
 
 

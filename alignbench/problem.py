@@ -108,9 +108,7 @@ class Problem:
         if self.form is Form.absolute_utility:
             floors = self._by_name(self.thresholds)
         else:
-            floors = {
-                name: utility_from_cost(limit) for name, limit in self._by_name(self.thresholds).items()
-            }
+            floors = {name: utility_from_cost(limit) for name, limit in self._by_name(self.thresholds).items()}
         return {name: floors[name] - reference[name] for name in self.utilities}
 
     def requested_absolute(self, reference_mean: Mapping[str, float]) -> dict[str, float]:
@@ -145,9 +143,7 @@ class Problem:
         reference = self._means(reference_mean, "reference_mean")
         return {name: policy[name] - reference[name] for name in self.utilities}
 
-    def violations(
-        self, policy_mean: Mapping[str, float], reference_mean: Mapping[str, float]
-    ) -> dict[str, float]:
+    def violations(self, policy_mean: Mapping[str, float], reference_mean: Mapping[str, float]) -> dict[str, float]:
         """How far each utility falls short of its margin, ``max(0, b_j - achieved_j)``; 0 means satisfied.
 
         Args:
@@ -175,9 +171,7 @@ class Problem:
         chosen = {name: float(means[name]) for name in self.utilities}
         for name, value in chosen.items():
             if not math.isfinite(value):
-                raise DataError(
-                    f"the mean of utility {name} is {value}", where=argument, mend="check the scores"
-                )
+                raise DataError(f"the mean of utility {name} is {value}", where=argument, mend="check the scores")
         return chosen
 
 
@@ -226,9 +220,7 @@ def ratio_from_lambda(beta: float, multiplier: float) -> float:
         ConfigError: An argument is not a finite number > 0.
     """
     _require_positive("beta", beta, where="ratio_from_lambda")
-    _require_positive(
-        "lambda", multiplier, where="ratio_from_lambda; at lambda = 0 there is no utility stage to train"
-    )
+    _require_positive("lambda", multiplier, where="ratio_from_lambda; at lambda = 0 there is no utility stage to train")
     return beta / multiplier
 
 
@@ -263,9 +255,7 @@ def _form(form: str) -> Form:
         return Form(form)
     except ValueError:
         known = ", ".join(member.value for member in Form)
-        raise ConfigError(
-            f"unknown form {form!r}", where="problem.form", mend=f"use one of: {known}"
-        ) from None
+        raise ConfigError(f"unknown form {form!r}", where="problem.form", mend=f"use one of: {known}") from None
 
 
 def _names(utilities: tuple[str, ...]) -> tuple[str, ...]:
@@ -278,9 +268,7 @@ def _names(utilities: tuple[str, ...]) -> tuple[str, ...]:
         )
     names = tuple(utilities)
     if not names:
-        raise ConfigError(
-            "no utility is named", where="problem.utilities", mend="name at least one, such as [safety]"
-        )
+        raise ConfigError("no utility is named", where="problem.utilities", mend="name at least one, such as [safety]")
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ConfigError(

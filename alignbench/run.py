@@ -87,9 +87,7 @@ def _tuning(path: str | None) -> dict[str, Any] | None:
         return None
     file = Path(__file__).resolve().parents[1] / path
     if not file.exists():
-        raise ConfigError(
-            f"tuned_by names {path}, which is not there", where="tuned_by", mend="tuned_by=null"
-        )
+        raise ConfigError(f"tuned_by names {path}, which is not there", where="tuned_by", mend="tuned_by=null")
     return {"file": path, **json.loads(file.read_text())}
 
 
@@ -115,9 +113,7 @@ def _report(record: dict[str, Any], folder: Path, console: Console, tracker: Tra
         tracker.image("trade_off", folder / "trade_off.png")
 
 
-def _generations(
-    lab: Lab, evaluations: dict[str, Node], folder: Path, tracker: Tracker, count: int = 12
-) -> None:
+def _generations(lab: Lab, evaluations: dict[str, Node], folder: Path, tracker: Tracker, count: int = 12) -> None:
     """Answers of every policy to the same prompts, side by side: a file, and a W&B table."""
     rows: dict[str, dict[str, Any]] = {}
     for name, node in evaluations.items():

@@ -575,19 +575,13 @@ class Store:
     def _seal(identity: Identity, workspace: Workspace) -> dict[str, Any]:
         """Check the output, write its manifest and bring all of it to the disk itself."""
         out, found = workspace.out, dict(_scan(workspace.out))
-        faults = [
-            f"{name} is a link or no plain file" for name, s in found.items() if not stat.S_ISREG(s.st_mode)
-        ]
+        faults = [f"{name} is a link or no plain file" for name, s in found.items() if not stat.S_ISREG(s.st_mode)]
         faults += [f"it has a {MANIFEST} of its own"] if MANIFEST in found else []
         if faults or not found:
             what = f"the output of stage {identity.stage!r} is no artifact: {(faults or ['it is empty'])[0]}"
-            raise StoreError(
-                what, where=workspace.key, mend="write plain files, at least one, to Workspace.out"
-            )
+            raise StoreError(what, where=workspace.key, mend="write plain files, at least one, to Workspace.out")
         files = {name: {"sha256": _digest(out / name), "bytes": s.st_size} for name, s in found.items()}
-        manifest = {"key": workspace.key} | {
-            f.name: getattr(identity, f.name) for f in dataclasses.fields(identity)
-        }
+        manifest = {"key": workspace.key} | {f.name: getattr(identity, f.name) for f in dataclasses.fields(identity)}
         manifest |= {"files": files, "cost": {name: float(value) for name, value in workspace.cost.items()}}
         manifest = plain(manifest | {"versions": _versions(), "created": _now()})
         write_json(out / MANIFEST, manifest | {"manifest_sha256": _sha256(canonical(manifest))})

@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 from alignbench.config import TrackingConfig
 
@@ -62,7 +62,7 @@ class Tracker:
             tags=list(self._settings.tags),
             config=self._config,
             dir=str(self._folder),
-            mode=self._settings.mode,
+            mode=cast(Literal["online", "offline", "disabled"], self._settings.mode),
             resume="allow" if self._settings.mode == "online" else None,
             reinit="finish_previous",
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
@@ -119,6 +119,4 @@ class Tracker:
             action()
         except Exception as error:  # noqa: BLE001 - a mirror that breaks must not take the result with it
             self._run = None
-            log.warning(
-                "W&B stopped (%s: %s); the run goes on, its record is complete", type(error).__name__, error
-            )
+            log.warning("W&B stopped (%s: %s); the run goes on, its record is complete", type(error).__name__, error)

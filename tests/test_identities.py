@@ -126,9 +126,7 @@ def test_smoothing_tensor_gives_the_same_optimum_as_soft_labels(world):
 def test_ipo_recovers_the_gibbs_policy_of_the_win_probability(world):
     # IPO, arXiv 2310.12036, sec. 5: the score is P(y beats a response of the sampler), here uniform
     labels = preference(world.reward)
-    trained = minimise(
-        world.reference, world.reference, labels, torch.ones_like(world.weight), BETA, PairLoss.ipo
-    )
+    trained = minimise(world.reference, world.reference, labels, torch.ones_like(world.weight), BETA, PairLoss.ipo)
     assert distance(trained, gibbs(world.reference, labels.mean(2), BETA)) < EXACT
 
 
@@ -207,9 +205,7 @@ def test_naive_merge_weakens_the_reward_too(world, q):
     safe = prefer(world, world.reference, safety, beta_safety)
     multiplier = q * BETA / ((1 - q) * beta_safety)
     merged = merge(helpful, safe, q)
-    assert (
-        distance(merged, gibbs(world.reference, world.reward + multiplier * safety, BETA / (1 - q))) < EXACT
-    )
+    assert distance(merged, gibbs(world.reference, world.reward + multiplier * safety, BETA / (1 - q))) < EXACT
     assert distance(merged, gibbs(world.reference, world.reward + multiplier * safety, BETA)) > 1e-3
 
 

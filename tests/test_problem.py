@@ -54,9 +54,7 @@ def test_safe_rlhf_threshold_zero():
 def test_the_stricter_threshold_has_the_larger_margin(form):
     stricter = -1.0 if form is Form.absolute_cost else 1.0
     reference = {"safety": 0.4}
-    assert (
-        safety(form, stricter).margins(reference)["safety"] > safety(form, 0.0).margins(reference)["safety"]
-    )
+    assert safety(form, stricter).margins(reference)["safety"] > safety(form, 0.0).margins(reference)["safety"]
 
 
 def test_several_utilities_keep_their_own_thresholds():

@@ -119,9 +119,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
 
 # canonical JSON and keys
 
-SCALARS = (
-    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)
-)
+SCALARS = st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)
 VALUES = st.recursive(SCALARS, lambda v: st.lists(v) | st.dictionaries(st.text(), v), max_leaves=12)
 
 
@@ -151,9 +149,7 @@ PARTS = st.fixed_dictionaries(
         "stage": st.text(min_size=1),
         "version": st.integers(0, 9),
         "spec": st.dictionaries(st.text(), VALUES, max_size=3),
-        "inputs": st.dictionaries(
-            st.text(), st.text("0123456789abcdef", min_size=32, max_size=32), max_size=2
-        ),
+        "inputs": st.dictionaries(st.text(), st.text("0123456789abcdef", min_size=32, max_size=32), max_size=2),
         "seed": st.integers(),
     }
 )
@@ -171,9 +167,7 @@ def test_key_changes_exactly_when_a_part_changes(old: dict, new: dict, changed: 
 
 def test_key_is_the_same_in_every_release() -> None:
     # Written down on purpose: a change of the key's recipe silently orphans every store in the world.
-    assert (
-        artifact_key("prefer", 1, {"beta": 0.1}, {"pairs": "0" * 32}, 3) == "69077e742bf6dbc47e4683f12fe77d71"
-    )
+    assert artifact_key("prefer", 1, {"beta": 0.1}, {"pairs": "0" * 32}, 3) == "69077e742bf6dbc47e4683f12fe77d71"
 
 
 @dataclass
@@ -204,11 +198,7 @@ def test_ints_in_float_fields_are_floats() -> None:
 
 
 def test_negative_zero_and_tuples() -> None:
-    assert (
-        canonical({"x": -0.0, "y": (1, (2,))})
-        == canonical({"y": [1, [2]], "x": 0.0})
-        == '{"x":0.0,"y":[1,[2]]}'
-    )
+    assert canonical({"x": -0.0, "y": (1, (2,))}) == canonical({"y": [1, [2]], "x": 0.0}) == '{"x":0.0,"y":[1,[2]]}'
 
 
 class Colour(enum.Enum):
@@ -303,8 +293,7 @@ def test_obtain_builds_once_and_finds_afterwards(store: Store, tmp_path: Path) -
     assert (
         store.size
         == artifact.size
-        == sum(p.stat().st_size for p in artifact.folder.rglob("*.json*"))
-        - (artifact.folder / MANIFEST).stat().st_size
+        == sum(p.stat().st_size for p in artifact.folder.rglob("*.json*")) - (artifact.folder / MANIFEST).stat().st_size
     )
     assert not list((tmp_path / "store" / "building").iterdir())
 
@@ -319,13 +308,9 @@ def test_a_name_the_manifest_does_not_list(store: Store, name: str) -> None:
 def test_manifest_tells_everything_and_no_place(store: Store, tmp_path: Path) -> None:
     artifact, _ = store.obtain(IDENTITY, produce)
     manifest = read_json(artifact.folder / MANIFEST)
-    assert {name: manifest[name] for name in ("stage", "version", "kind", "spec", "inputs", "seed")} == vars(
-        IDENTITY
-    )
+    assert {name: manifest[name] for name in ("stage", "version", "kind", "spec", "inputs", "seed")} == vars(IDENTITY)
     assert manifest["key"] == IDENTITY.key == artifact.folder.name
-    assert manifest["key"] == artifact_key(
-        *(manifest[n] for n in ("stage", "version", "spec", "inputs", "seed"))
-    )
+    assert manifest["key"] == artifact_key(*(manifest[n] for n in ("stage", "version", "spec", "inputs", "seed")))
     assert manifest["cost"] == {"scored_tokens": 12.0}
     assert set(manifest["versions"]) == {"python", "torch", "transformers", "deepspeed", "alignbench"}
     for name, entry in manifest["files"].items():
@@ -453,9 +438,7 @@ def test_threads_of_one_process_build_once(store: Store) -> None:
         time.sleep(0.2)
         produce(space)
 
-    threads = [
-        threading.Thread(target=lambda: results.append(store.obtain(IDENTITY, counted))) for _ in range(4)
-    ]
+    threads = [threading.Thread(target=lambda: results.append(store.obtain(IDENTITY, counted))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -538,9 +521,7 @@ def test_damage_is_reported_and_rebuilt(store: Store, said: list[str], damage: s
     assert Store(store.root).find(IDENTITY.key) == rebuilt
     (rebuilt.folder / "rows.jsonl").unlink()
     assert second.obtain(IDENTITY, produce)[1]
-    assert sorted(p.name for p in (store.root / "damaged").iterdir()) == [
-        f"{IDENTITY.key}-{n}" for n in (0, 1)
-    ]
+    assert sorted(p.name for p in (store.root / "damaged").iterdir()) == [f"{IDENTITY.key}-{n}" for n in (0, 1)]
 
 
 def test_a_renamed_artifact_is_damaged(store: Store, said: list[str]) -> None:
@@ -566,9 +547,7 @@ def test_no_bit_of_an_artifact_can_flip_unseen(data: st.DataObject) -> None:
         flip(path, data.draw(st.integers(0, path.stat().st_size - 1)), 1 << data.draw(st.integers(0, 7)))
         found = Store(Path(folder), lambda message: None).find(IDENTITY.key)
         # White space between the manifest's values may change: then every value is still the written one.
-        assert found is None or (
-            path.name == MANIFEST and strict(found.manifest) == strict(artifact.manifest)
-        )
+        assert found is None or (path.name == MANIFEST and strict(found.manifest) == strict(artifact.manifest))
 
 
 def test_damage_is_left_to_the_process_that_holds_the_lock(store: Store, said: list[str]) -> None:
@@ -586,9 +565,7 @@ def test_damage_is_left_to_the_process_that_holds_the_lock(store: Store, said: l
 # processes
 
 
-def test_a_killed_build_resumes_from_its_work(
-    store: Store, tmp_path: Path, start: Callable[..., Process]
-) -> None:
+def test_a_killed_build_resumes_from_its_work(store: Store, tmp_path: Path, start: Callable[..., Process]) -> None:
     first = start("build")
     first.wait_for("HALF")
     first.kill()
@@ -659,9 +636,7 @@ def test_a_kill_at_any_moment_leaves_all_or_nothing(tmp_path: Path, start: Calla
         artifact = Store(root, said.append).find(MANY.key)
         assert not said
         if artifact is not None:
-            assert [artifact.path(f"{n}.txt").read_text() for n in range(100)] == [
-                str(n) * 100 for n in range(100)
-            ]
+            assert [artifact.path(f"{n}.txt").read_text() for n in range(100)] == [str(n) * 100 for n in range(100)]
             shutil.rmtree(artifact.folder)
     assert "DONE" in start("storm").finish()
 
@@ -680,9 +655,7 @@ def test_stale_holder_info_never_blocks(store: Store, said: list[str], pid: int)
 def test_an_unknown_holder_is_waited_for(store: Store, said: list[str], info: str | None) -> None:
     path = store.root / "locks" / f"{IDENTITY.key}.json"
     if info == "stale":
-        info = json.dumps(
-            {"host": os.uname().nodename, "pid": 2**22 - 1, "started": "1", "stage": "x", "since": "2"}
-        )
+        info = json.dumps({"host": os.uname().nodename, "pid": 2**22 - 1, "started": "1", "stage": "x", "since": "2"})
     if info is not None:
         path.write_text(info)
     lock = filelock.FileLock(path.with_suffix(".lock"))
@@ -697,9 +670,7 @@ def test_an_unknown_holder_is_waited_for(store: Store, said: list[str], info: st
 
 
 def test_import_is_light() -> None:
-    code = (
-        "import sys, alignbench.store; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
-    )
+    code = "import sys, alignbench.store; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     environment = os.environ | {"PYTHONPATH": str(WORKER.parent.parent)}
     assert subprocess.check_output([sys.executable, "-c", code], env=environment, text=True).strip() == "[]"
 

@@ -119,12 +119,8 @@ def _parse_csv(content: bytes, file: Path) -> list[Row]:
             if None in row or None in row.values():
                 faults.append(f"line {reader.line_num}: has not as many fields as the header")
     except (csv.Error, UnicodeDecodeError) as error:
-        raise DataError(
-            f"broken CSV: {error}", where=str(file), mend="write it as UTF-8 with a header line"
-        ) from error
-    _raise_faults(
-        "line", faults, file, "give every row the fields of the header; quote texts that hold commas"
-    )
+        raise DataError(f"broken CSV: {error}", where=str(file), mend="write it as UTF-8 with a header line") from error
+    _raise_faults("line", faults, file, "give every row the fields of the header; quote texts that hold commas")
     return rows
 
 

@@ -182,9 +182,7 @@ def _data_files(path: Path, source: Source) -> list[tuple[str, Path]]:
         for file in path.rglob("*")
         if file.is_file() and format_of(file) and file.name not in _NOT_DATA
     )
-    found = [
-        (name, file) for name, file in found if not any(part.startswith(".") for part in name.split("/"))
-    ]
+    found = [(name, file) for name, file in found if not any(part.startswith(".") for part in name.split("/"))]
     if not found:
         raise DataError("the folder holds no data files", where=source.path, mend=f"known: {_KNOWN}")
     return _of_split(_of_config(found, source), source)
@@ -346,9 +344,7 @@ def _read_hub(source: Source) -> list[Row]:
     from datasets.exceptions import DatasetsError
 
     try:
-        loaded = datasets.load_dataset(
-            source.path, source.config, split=source.split, revision=source.revision
-        )
+        loaded = datasets.load_dataset(source.path, source.config, split=source.split, revision=source.revision)
     except (OSError, ValueError, DatasetsError) as error:
         raise DataError(
             f"the hub data set {source.path} at revision {source.revision}, "

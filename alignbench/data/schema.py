@@ -321,9 +321,7 @@ def _field_rules(kinds: Mapping[str, str], required: Sequence[str]) -> list[_Rul
 
     return [
         _Rule("not a record", not_a_record, "each row must be an object with named fields"),
-        _Rule(
-            "missing field", missing, f"give every row {', '.join(required)} (rename the columns if need be)"
-        ),
+        _Rule("missing field", missing, f"give every row {', '.join(required)} (rename the columns if need be)"),
         _Rule(
             "wrong type",
             wrong_type,
@@ -335,9 +333,7 @@ def _field_rules(kinds: Mapping[str, str], required: Sequence[str]) -> list[_Rul
 def _unknown_harms(value: object) -> str:
     if not isinstance(value, Mapping):
         return excerpt(value)
-    wrong = {
-        k: v for k, v in value.items() if k not in HARM_CATEGORIES or not (v is None or isinstance(v, bool))
-    }
+    wrong = {k: v for k, v in value.items() if k not in HARM_CATEGORIES or not (v is None or isinstance(v, bool))}
     return excerpt(wrong)
 
 

@@ -21,9 +21,7 @@ def register_template(name: str) -> Callable[[Template], Template]:
 
     def enter(template: Template) -> Template:
         if name in _TEMPLATES:
-            raise ConfigError(
-                f"the template {name!r} is registered twice", mend="give one of them another name"
-            )
+            raise ConfigError(f"the template {name!r} is registered twice", mend="give one of them another name")
         _TEMPLATES[name] = template
         return template
 
@@ -42,9 +40,7 @@ def check_template(template: str) -> None:
         ConfigError: ``template`` is unknown; the message lists the known ones.
     """
     if template not in _TEMPLATES:
-        raise ConfigError(
-            f"unknown template {template!r}", mend=f"choose one of {', '.join(template_names())}"
-        )
+        raise ConfigError(f"unknown template {template!r}", mend=f"choose one of {', '.join(template_names())}")
 
 
 def render_prompt(template: str, prompt: str, tokenizer: Any = None) -> str:

@@ -57,7 +57,7 @@ def collate(rows: Sequence[Row], pad_id: int) -> Batch:
 
 def total_steps(examples: int, epochs: float, batch_size: int) -> int:
     """Optimiser steps for `epochs` passes; at least one, and the last partial batch of all is left out."""
-    return max(1, int(math.floor(examples * epochs / batch_size + 1e-9)))
+    return max(1, math.floor(examples * epochs / batch_size + 1e-9))
 
 
 def example_order(examples: int, steps: int, batch_size: int, seed: int) -> np.ndarray:

@@ -82,9 +82,7 @@ class Checkpoints:
                 asdict(self._layout),
             )
             return None
-        path, client = engine.load_checkpoint(
-            str(self._folder), tag=found["tag"], load_module_strict=not self._lora
-        )
+        path, client = engine.load_checkpoint(str(self._folder), tag=found["tag"], load_module_strict=not self._lora)
         if path is None:
             log.warning("the checkpoint %s cannot be read: starting anew", found["tag"])
             return None

@@ -59,9 +59,7 @@ def generate(
         for start in range(0, len(order), batch):
             indices = order[start : start + batch]
             chunk = [requests[i] for i in indices]
-            for index, ids in zip(
-                indices, _sample(policy, chunk, sampling, eos_id, pad_id, seed, device), strict=True
-            ):
+            for index, ids in zip(indices, _sample(policy, chunk, sampling, eos_id, pad_id, seed, device), strict=True):
                 responses[index] = ids
             bar.update(len(chunk))
     return responses

@@ -38,13 +38,10 @@ class LogProbPolicy(nn.Module):
             cached one at 1e-6.
         """
         logits = self.policy(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        scored = response_mask[:, 1:]
-        chosen = logits[:, :-1][scored].float()
-        targets = input_ids[:, 1:][scored]
-        token_logprobs = chosen.gather(-1, targets.unsqueeze(-1)).squeeze(-1) - torch.logsumexp(chosen, -1)
-        sums = torch.zeros(input_ids.shape[0], dtype=torch.float64, device=input_ids.device)
-        owner = scored.nonzero()[:, 0]
-        return sums.index_add(0, owner, token_logprobs.double())
+        # log-softmax over every position: on a CPU a boolean selection's backward costs more than it saves
+        logprobs = torch.log_softmax(logits[:, :-1], dim=-1, dtype=torch.float32)
+        chosen = logprobs.gather(-1, input_ids[:, 1:].unsqueeze(-1)).squeeze(-1)
+        return torch.where(response_mask[:, 1:], chosen, 0.0).double().sum(-1)
 
 
 def sequence_logprobs(

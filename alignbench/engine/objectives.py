@@ -1,18 +1,19 @@
 """What a training stage minimises, as a function of response log-probs.
 
 An objective owns its examples (token rows, labels, cached reference log-probs); the loop in
-`alignbench.engine.train` knows none of that. Every example carries a weight, and the loss of an optimiser step is
-sum(loss) / sum(weight) over the global batch, so neither micro-batches nor ranks change it.
+`alignbench.engine.train` knows none of that. Every example carries a weight, and the loss of an optimiser step
+is sum(loss) / sum(weight) over the global batch, so neither micro-batches nor ranks change it.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from alignbench import losses
 from alignbench.engine.batching import Row
@@ -27,56 +28,58 @@ class StepContext:
     kl: float = 0.0
 
 
-class Objective(Protocol):
+class Objective(ABC):
     """The interface the training loop works with."""
 
     name: str
-    #: value of every example's loss when the policy is the reference; None where there is no reference
-    reference_value: Callable[[np.ndarray], np.ndarray] | None
 
+    @abstractmethod
     def __len__(self) -> int:
         """Number of examples."""
-        ...
 
+    @abstractmethod
     def rows(self, index: int) -> tuple[Row, ...]:
         """Token rows of one example, the same number for each."""
-        ...
 
-    def weights(self, indices: np.ndarray) -> np.ndarray:
-        """Denominator contribution of each example, shape (len(indices),)."""
-        ...
-
-    def context(self, indices: np.ndarray, logprobs: LogProbFunction) -> StepContext:
-        """Compute what the whole step shares, without gradients."""
-        ...
-
+    @abstractmethod
     def loss(
         self, logprobs: torch.Tensor, indices: np.ndarray, context: StepContext
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Losses (examples,) and metrics (examples,) from log-probs of shape (examples, rows)."""
-        ...
+
+    def weights(self, indices: np.ndarray) -> np.ndarray:
+        """Denominator contribution of each example, shape (len(indices),)."""
+        return np.ones(len(indices))
+
+    def context(self, indices: np.ndarray, logprobs: LogProbFunction) -> StepContext:
+        """What the whole step shares, computed without gradients."""
+        return StepContext()
+
+    def reference_value(self, indices: np.ndarray) -> np.ndarray | None:
+        """Each example's loss if the policy is the reference; None where there is no reference."""
+        return None
 
 
 @dataclass
-class SftObjective:
+class SftObjective(Objective):
     """Mean negative log-likelihood per response token."""
 
     examples: list[Row]
     name: str = "sft"
-    reference_value: Callable[[np.ndarray], np.ndarray] | None = None
 
+    @override
     def __len__(self) -> int:
         return len(self.examples)
 
+    @override
     def rows(self, index: int) -> tuple[Row, ...]:
         return (self.examples[index],)
 
+    @override
     def weights(self, indices: np.ndarray) -> np.ndarray:
         return np.array([self.examples[i].response_length for i in indices], dtype=np.float64)
 
-    def context(self, indices: np.ndarray, logprobs: LogProbFunction) -> StepContext:
-        return StepContext()
-
+    @override
     def loss(
         self, logprobs: torch.Tensor, indices: np.ndarray, context: StepContext
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -84,66 +87,53 @@ class SftObjective:
 
 
 @dataclass
-class PairObjective:
+class PairObjective(Objective):
     """DPO or IPO on chosen and rejected responses, with cached reference log-probs.
 
     Attributes:
         chosen: Rows of the preferred responses.
         rejected: Rows of the others; same prompts, same order.
         reference: float64 (examples, 2) reference log-probs, chosen first.
-        loss_name: "dpo" or "ipo".
+        name: "dpo" or "ipo".
         beta: KL weight of this stage (SACPO's safety step: beta/lambda).
     """
 
     chosen: list[Row]
     rejected: list[Row]
     reference: np.ndarray
-    loss_name: str
+    name: str
     beta: float
-    label_smoothing: float = 0.0
-    name: str = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.name = self.loss_name
-        self._reference = torch.as_tensor(self.reference, dtype=torch.float64)
-        self.reference_value = lambda indices: np.full(
-            len(indices), losses.reference_value(self.loss_name, self.beta)
-        )
-
+    @override
     def __len__(self) -> int:
         return len(self.chosen)
 
+    @override
     def rows(self, index: int) -> tuple[Row, ...]:
         return self.chosen[index], self.rejected[index]
 
-    def weights(self, indices: np.ndarray) -> np.ndarray:
-        return np.ones(len(indices))
+    @override
+    def reference_value(self, indices: np.ndarray) -> np.ndarray:
+        return np.full(len(indices), losses.reference_value(self.name, self.beta))
 
-    def context(self, indices: np.ndarray, logprobs: LogProbFunction) -> StepContext:
-        return StepContext()
-
+    @override
     def loss(
         self, logprobs: torch.Tensor, indices: np.ndarray, context: StepContext
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        ratio = logprobs - self._reference[indices].to(logprobs.device)
+        ratio = logprobs - _like(self.reference[indices], logprobs)
         chosen, rejected = ratio[:, 0].float(), ratio[:, 1].float()
-        if self.loss_name == "dpo":
-            value = losses.dpo(chosen, rejected, self.beta, self.label_smoothing)
-        else:
-            value = losses.ipo(chosen, rejected, self.beta)
-        with torch.no_grad():
-            margin = losses.implicit_reward(chosen - rejected, self.beta)
-            metrics = {
-                "margin": margin,
-                "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
-                "chosen_logratio": chosen.detach(),
-                "rejected_logratio": rejected.detach(),
-            }
-        return value, metrics
+        value = (losses.dpo if self.name == "dpo" else losses.ipo)(chosen, rejected, self.beta)
+        margin = losses.implicit_reward(chosen - rejected, self.beta)
+        return value, {
+            "margin": margin,
+            "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
+            "chosen_logratio": chosen.detach(),
+            "rejected_logratio": rejected.detach(),
+        }
 
 
 @dataclass
-class KtoObjective:
+class KtoObjective(Objective):
     """KTO on single responses, with its KL estimated on mismatched (prompt, response) rows.
 
     The estimate is the mean over the whole optimiser step, taken before its gradients, so that micro-batching
@@ -166,46 +156,43 @@ class KtoObjective:
     mismatched: list[Row]
     mismatched_reference: np.ndarray
     beta: float
-    desirable_weight: float = 1.0
     undesirable_weight: float = 1.0
     name: str = "kto"
 
-    def __post_init__(self) -> None:
-        self._reference = torch.as_tensor(self.reference, dtype=torch.float64)
-        self._desirable = torch.as_tensor(self.desirable, dtype=torch.bool)
-        self.reference_value = lambda indices: np.where(
-            self.desirable[indices],
-            losses.reference_value("kto", self.beta, weight=self.desirable_weight),
-            losses.reference_value("kto", self.beta, weight=self.undesirable_weight),
-        )
-
+    @override
     def __len__(self) -> int:
         return len(self.examples)
 
+    @override
     def rows(self, index: int) -> tuple[Row, ...]:
         return (self.examples[index],)
 
-    def weights(self, indices: np.ndarray) -> np.ndarray:
-        return np.ones(len(indices))
-
+    @override
     def context(self, indices: np.ndarray, logprobs: LogProbFunction) -> StepContext:
-        now = logprobs([self.mismatched[i] for i in indices]).double().cpu()
-        ratio = now - torch.as_tensor(self.mismatched_reference[indices])
+        now = logprobs([self.mismatched[i] for i in indices])
+        ratio = now - _like(self.mismatched_reference[indices], now)
         return StepContext(kl=float(losses.kto_kl(ratio.sum(), len(indices))))
 
+    @override
+    def reference_value(self, indices: np.ndarray) -> np.ndarray:
+        weight = np.where(self.desirable[indices], 1.0, self.undesirable_weight)
+        return losses.reference_value("kto", self.beta) * weight
+
+    @override
     def loss(
         self, logprobs: torch.Tensor, indices: np.ndarray, context: StepContext
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        ratio = (logprobs[:, 0] - self._reference[indices].to(logprobs.device)).float()
-        desirable = self._desirable[indices].to(ratio.device)
-        kl = torch.tensor(context.kl, dtype=ratio.dtype, device=ratio.device)
-        value = losses.kto(ratio, desirable, kl, self.beta, self.desirable_weight, self.undesirable_weight)
-        with torch.no_grad():
-            reward = losses.implicit_reward(ratio, self.beta)
-            sign = desirable.float() * 2 - 1
-            metrics = {
-                "margin": reward * sign,
-                "accuracy": ((reward - self.beta * kl) * sign > 0).float(),
-                "kl_estimate": kl.expand_as(reward),
-            }
-        return value, metrics
+        ratio = (logprobs[:, 0] - _like(self.reference[indices], logprobs)).float()
+        desirable = torch.as_tensor(self.desirable[indices], device=ratio.device)
+        value = losses.kto(ratio, desirable, context.kl, self.beta, undesirable_weight=self.undesirable_weight)
+        reward = losses.implicit_reward(ratio, self.beta)
+        sign = desirable.float() * 2 - 1
+        return value, {
+            "margin": reward * sign,
+            "accuracy": ((reward - self.beta * context.kl) * sign > 0).float(),
+            "kl_estimate": torch.full_like(reward, context.kl),
+        }
+
+
+def _like(values: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:
+    return torch.as_tensor(values, dtype=torch.float64, device=tensor.device)

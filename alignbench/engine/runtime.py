@@ -51,9 +51,7 @@ def join_process_group(hardware: HardwareConfig) -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
         if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-            log.info(
-                "no C++ compiler found: DeepSpeed's compiled ops are left out; one process needs none of them"
-            )
+            log.info("no C++ compiler found: DeepSpeed's compiled ops are left out; one process needs none of them")
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
 
 
@@ -70,9 +68,7 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def deepspeed_config(
-    hardware: HardwareConfig, *, micro_batch: int, accumulate: int, clip: float
-) -> dict[str, Any]:
+def deepspeed_config(hardware: HardwareConfig, *, micro_batch: int, accumulate: int, clip: float) -> dict[str, Any]:
     """DeepSpeed's configuration for one training stage."""
     zero: dict[str, Any] = {"stage": hardware.zero_stage}
     if hardware.offload == "cpu":

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from alignbench.config import HardwareConfig, TrainConfig
 from alignbench.engine import batching
@@ -59,11 +58,12 @@ class TrainJob:
         pad_id: Any valid token id.
         work: Folder for checkpoints; it survives a kill.
         lora: Whether only adapters train.
+        starts_at_reference: Whether the loss at step 0 must be its value at policy = reference.
         validation: Objective on held-out examples, or None.
         evaluate_every: Optimiser steps between validations; 0 validates at the end only.
     """
 
-    policy: nn.Module
+    policy: Any
     objective: Objective
     settings: TrainConfig
     hardware: HardwareConfig
@@ -71,6 +71,7 @@ class TrainJob:
     pad_id: int
     work: Path
     lora: bool = False
+    starts_at_reference: bool = True
     validation: Objective | None = None
     evaluate_every: int = 0
 
@@ -200,7 +201,9 @@ class _Loop:
         objective, indices = self.job.objective, self.order[step]
         denominator = float(objective.weights(indices).sum())
         context = objective.context(indices, self._frozen_logprobs)
-        parts = batching.micro_batches(indices, self.micro_batch)
+        # rows of like length share a micro-batch: less padding, and the step's sum does not see the order
+        lengths = [max(len(row.ids) for row in objective.rows(i)) for i in indices]
+        parts = batching.micro_batches(indices[np.argsort(lengths, kind="stable")], self.micro_batch)
         sums: dict[str, float] = {}
         tokens = 0
         for part in parts:
@@ -236,9 +239,7 @@ class _Loop:
         self.engine.eval()
         size = max(1, self.job.hardware.eval_batch)
         with torch.no_grad():
-            parts = [
-                self._logprobs([(row,) for row in rows[i : i + size]]) for i in range(0, len(rows), size)
-            ]
+            parts = [self._logprobs([(row,) for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
         self.engine.train()
         return torch.cat(parts)[:, 0]
 
@@ -274,10 +275,10 @@ class _Loop:
         spent.
         """
         objective = self.job.objective
-        if objective.reference_value is None:
-            return
         indices = self.order[0]
         expected = objective.reference_value(indices)
+        if expected is None or not self.job.starts_at_reference:
+            return
         _, found = self._evaluate(objective, indices)
         error = abs(float(found.mean() - expected.mean()))
         tolerance = STEP0_TOLERANCE[self.job.hardware.dtype] * max(1.0, float(np.abs(expected).max()))

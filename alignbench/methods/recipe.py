@@ -58,9 +58,7 @@ def method(name: str, settings: type) -> Callable[[Recipe], Recipe]:
 
     def add(recipe: Recipe) -> Recipe:
         if name in METHODS:
-            raise ConfigError(
-                f"method {name!r} is registered twice", where="alignbench.methods", mend="rename one"
-            )
+            raise ConfigError(f"method {name!r} is registered twice", where="alignbench.methods", mend="rename one")
         METHODS[name] = Method(name, settings, recipe)
         return recipe
 
@@ -70,7 +68,5 @@ def method(name: str, settings: type) -> Callable[[Recipe], Recipe]:
 def find_method(name: str) -> Method:
     """The method of that name; an unknown one raises ConfigError with the known names."""
     if name not in METHODS:
-        raise ConfigError(
-            f"unknown method {name!r}", where="method.name", mend=f"known: {', '.join(sorted(METHODS))}"
-        )
+        raise ConfigError(f"unknown method {name!r}", where="method.name", mend=f"known: {', '.join(sorted(METHODS))}")
     return METHODS[name]

@@ -48,9 +48,7 @@ class SacpoSettings:
         self.reward_step.check("method.reward_step")
         self.safety_step.check("method.safety_step")
         if self.order not in ("helpful_first", "safe_first"):
-            raise ConfigError(
-                f"order = {self.order!r}", where="method.order", mend="helpful_first or safe_first"
-            )
+            raise ConfigError(f"order = {self.order!r}", where="method.order", mend="helpful_first or safe_first")
         utilities = config.constraint.utilities
         if len(self.beta_over_lambda) != len(utilities) or min(self.beta_over_lambda, default=0) <= 0:
             raise ConfigError(

@@ -56,6 +56,7 @@ def build_llama(shape: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
         num_key_value_heads=shape.kv_heads,
         max_position_embeddings=shape.max_positions,
         tie_word_embeddings=shape.tied_embeddings,
+        initializer_range=shape.initializer_range,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -112,9 +113,7 @@ def load_policy(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
 
     transformers_logging.disable_progress_bar()  # one bar per stage is enough: ours
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise ModelError(
             f"the folder holds no causal language model in safetensors: {str(error).splitlines()[0]}",
@@ -150,9 +149,7 @@ def add_lora(model: Any, lora: LoraConfig, seed: int) -> Any:
     names = [name for name, _ in model.named_modules()]
     absent = [t for t in lora.targets if not any(n == t or n.endswith("." + t) for n in names)]
     if absent:
-        leaves = sorted(
-            {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
-        )
+        leaves = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)})
         raise ModelError(
             f"LoRA target(s) {', '.join(absent)} match no module of {type(model).__name__}",
             where="model.lora.targets",
@@ -190,9 +187,7 @@ def restore_weights(folder: Path, state: Mapping[str, torch.Tensor], lora: LoraC
         missing, unexpected = model.load_state_dict(state, strict=False)
         tied = {name for name in missing if "lm_head" in name or "embed_out" in name}
         if unexpected or set(missing) - tied:
-            raise ModelError(
-                f"trained weights do not fit the policy: {unexpected or missing}", where=str(folder)
-            )
+            raise ModelError(f"trained weights do not fit the policy: {unexpected or missing}", where=str(folder))
         model.tie_weights()
         return model
     adapted = add_lora(model, lora, seed=0)

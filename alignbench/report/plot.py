@@ -42,7 +42,8 @@ def trade_off(records: Sequence[Mapping[str, Any]], path: Path, *, utility: str)
             markersize=7,
         )
         axes.annotate(name, (x["mean"], y["mean"]), xytext=(7, 6), textcoords="offset points", fontsize=9)
-    for threshold in sorted({_requested(record, utility) for record in records} - {None}):
+    requested = {_requested(record, utility) for record in records}
+    for threshold in sorted(value for value in requested if value is not None):
         axes.axhline(threshold, color="0.6", linestyle="--", linewidth=1, zorder=0)
         axes.annotate(
             "requested", (1, threshold), xycoords=("axes fraction", "data"), xytext=(-4, 3),
@@ -73,6 +74,4 @@ def _requested(record: Mapping[str, Any], utility: str) -> float | None:
     """The requested mean utility: the reference's mean plus the requested margin."""
     reference = next(iter(record["rows"].values()))
     constraint = reference.get("constraints", {}).get(utility)
-    return (
-        None if constraint is None else reference["metrics"][utility]["mean"] + constraint["requested_margin"]
-    )
+    return None if constraint is None else reference["metrics"][utility]["mean"] + constraint["requested_margin"]

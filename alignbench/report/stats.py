@@ -232,9 +232,7 @@ def wilson(successes: float, n: int, level: float = 0.95) -> Estimate:
     if n < 1:
         raise DataError(f"a rate of {n} trials", where="wilson", mend="leave empty cells out of the table")
     if not 0.0 <= successes <= n:
-        raise DataError(
-            f"{successes} successes in {n} trials", where="wilson", mend="count successes among the trials"
-        )
+        raise DataError(f"{successes} successes in {n} trials", where="wilson", mend="count successes among the trials")
     z2 = float(scipy_stats.norm.ppf(0.5 + level / 2)) ** 2
     rate = successes / n
     centre = (rate + z2 / (2 * n)) / (1 + z2 / n)
@@ -323,9 +321,7 @@ def _statistic(name: str, sample: _Sample, tail: float) -> Statistic:
     if name == "mean":
         return _mean_of(sample)
     if name not in ("cvar", "quantile"):
-        raise ConfigError(
-            f"unknown statistic {name!r}", where="statistic", mend="use one of: mean, cvar, quantile"
-        )
+        raise ConfigError(f"unknown statistic {name!r}", where="statistic", mend="use one of: mean, cvar, quantile")
     if not 0.0 <= tail < 1.0:
         raise ConfigError(f"tail level {tail}", where="statistic", mend="choose it in [0, 1)")
     return _cvar_of(sample, tail) if name == "cvar" else _quantile_of(sample, tail)
@@ -431,8 +427,6 @@ def _require_same_prompts(a: _Sample, b: _Sample) -> None:
 
 def _check_settings(level: float, resamples: int) -> None:
     if not 0.0 < level < 1.0:
-        raise ConfigError(
-            f"level is {level}", where="interval", mend="choose a coverage in (0, 1), such as 0.95"
-        )
+        raise ConfigError(f"level is {level}", where="interval", mend="choose a coverage in (0, 1), such as 0.95")
     if resamples < 1:
         raise ConfigError(f"resamples is {resamples}", where="interval", mend="2000 is usual")

@@ -32,7 +32,7 @@ def columns_of(record: Record) -> list[tuple[str, str]]:
 
 
 def cell(value: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """ "mean [low, high]"; only the mean where there is no interval."""
+    """A value as `mean [low, high]`; only the mean where there is no interval."""
     if value is None or value["mean"] is None:
         return "-"
     text = f"{value['mean']:.{digits}f}"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from alignbench.data.readers import Source, read_rows, split_by_prompt
-from alignbench.data.schema import check_demonstrations, check_pairs
+from alignbench.data.schema import Mode, check_demonstrations, check_pairs
 from alignbench.engine.runtime import derive_seed
 from alignbench.errors import DataError
 from alignbench.problem import cost_from_utility
@@ -58,7 +58,7 @@ class ReadSpec:
     pairs: str
     demonstrations: str | None
     objectives: tuple[str, ...]
-    validation: str
+    validation: Mode
     validation_share: float
     test_share: float
     split_seed: int
@@ -67,9 +67,7 @@ class ReadSpec:
 def _read(ctx: Context) -> None:
     spec: ReadSpec = ctx.spec
     source: Source = ctx.runtime.locations["pairs"]
-    rows, report = check_pairs(
-        read_rows(source), where=source.path, objectives=spec.objectives, mode=spec.validation
-    )
+    rows, report = check_pairs(read_rows(source), where=source.path, objectives=spec.objectives, mode=spec.validation)
     shares = {
         "train": 1 - spec.validation_share - spec.test_share,
         "validation": spec.validation_share,
@@ -90,9 +88,7 @@ def _distinct_prompts(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per distinct prompt text, in order of appearance."""
     seen: dict[str, dict[str, Any]] = {}
     for row in pairs:
-        seen.setdefault(
-            row["prompt"], {"prompt_id": f"p{len(seen)}", "prompt": row["prompt"], "split": row["split"]}
-        )
+        seen.setdefault(row["prompt"], {"prompt_id": f"p{len(seen)}", "prompt": row["prompt"], "split": row["split"]})
     return list(seen.values())
 
 
@@ -103,9 +99,7 @@ READ = register(
         kind="data",
         spec=ReadSpec,
         run=_read,
-        estimate=lambda spec, inputs, runtime, hints: Estimate(
-            Facts(rows=hints["rows"], tokens=hints["tokens"])
-        ),
+        estimate=lambda spec, inputs, runtime, hints: Estimate(Facts(rows=hints["rows"], tokens=hints["tokens"])),
     )
 )
 
@@ -163,9 +157,7 @@ def _label(ctx: Context) -> None:
             where="dataset.world",
             mend="raise dataset.world.pairs_per_prompt, or the sampling temperature",
         )
-    kept, report = check_pairs(
-        rows, where="the sampled pairs", objectives=("reward", "safety", *spec.utilities)
-    )
+    kept, report = check_pairs(rows, where="the sampled pairs", objectives=("reward", "safety", *spec.utilities))
     write_jsonl(ctx.out / "pairs.jsonl", kept)
     statistics = report.to_dict() | {"identical_or_empty": len(firsts) - len(rows)}
     write_json(ctx.out / "report.json", statistics)

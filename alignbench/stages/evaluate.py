@@ -97,9 +97,7 @@ def _evaluate(ctx: Context) -> None:
     if policy.scores:
         result |= {"constraints": measure.constraints(), "groups": measure.groups()}
     write_json(ctx.out / "metrics.json", result)
-    write_jsonl(
-        ctx.out / "per_prompt.jsonl", measure.per_prompt({"kl": own - base, "length": policy.lengths})
-    )
+    write_jsonl(ctx.out / "per_prompt.jsonl", measure.per_prompt({"kl": own - base, "length": policy.lengths}))
     ctx.cost["seconds"] = time.perf_counter() - started
 
 
@@ -132,9 +130,7 @@ class _Measure:
             found[f"{name}_gain"] = self.gain(name)
             found[f"{name}_win_rate"] = self.mean(win_rate(values, self.reference.scores[name]))
         if "safety" in self.policy.scores:
-            found["unsafe_rate"] = self.mean(
-                (cost_from_utility(self.policy.scores["safety"]) > 0).astype(float)
-            )
+            found["unsafe_rate"] = self.mean((cost_from_utility(self.policy.scores["safety"]) > 0).astype(float))
         return found
 
     def constraints(self) -> dict[str, dict[str, Any]]:
@@ -142,9 +138,7 @@ class _Measure:
         spec = self.spec
         problem = Problem(spec.beta, Form(spec.form), spec.utilities, spec.thresholds)
         margins = problem.margins({u: float(self.reference.scores[u].mean()) for u in spec.utilities})
-        floors = problem.requested_absolute(
-            {u: float(self.reference.scores[u].mean()) for u in spec.utilities}
-        )
+        floors = problem.requested_absolute({u: float(self.reference.scores[u].mean()) for u in spec.utilities})
         found = {}
         for name in problem.utilities:
             achieved = self.gain(name)
@@ -185,12 +179,10 @@ class _Measure:
         ids, owner = np.unique(self.policy.prompts, return_inverse=True)
         counts = np.bincount(owner)
         columns = {
-            name: np.bincount(owner, weights=values) / counts
-            for name, values in (self.policy.scores | extra).items()
+            name: np.bincount(owner, weights=values) / counts for name, values in (self.policy.scores | extra).items()
         }
         return [
-            {"prompt_id": str(ids[i]), "n": int(counts[i])}
-            | {name: float(v[i]) for name, v in columns.items()}
+            {"prompt_id": str(ids[i]), "n": int(counts[i])} | {name: float(v[i]) for name, v in columns.items()}
             for i in range(len(ids))
         ]
 

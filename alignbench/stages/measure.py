@@ -96,9 +96,7 @@ def _sample_estimate(
     spec: SampleSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]
 ) -> Estimate:
     rows = hints["prompts"] * spec.samples
-    length = min(
-        spec.sampling.max_new_tokens, WORLD_RESPONSE_TOKENS if spec.tokens.max_length <= 128 else 256
-    )
+    length = min(spec.sampling.max_new_tokens, WORLD_RESPONSE_TOKENS if spec.tokens.max_length <= 128 else 256)
     tokens, parameters = rows * length, inputs["policy"].parameters
     in_flight = runtime.hardware.generation_batch * spec.tokens.max_length
     return Estimate(
@@ -177,7 +175,7 @@ def mismatch(rows: list[dict[str, Any]], index: np.ndarray, seed: int) -> np.nda
     """
     rng = np.random.default_rng(seed)
     prompts = [rows[i]["prompt"] for i in index]
-    ranks = {p: r for p, r in zip(dict.fromkeys(prompts), rng.permutation(len(set(prompts))), strict=True)}
+    ranks = dict(zip(dict.fromkeys(prompts), rng.permutation(len(set(prompts))), strict=True))
     order = np.argsort([ranks[p] for p in prompts], kind="stable")
     largest = max(np.bincount([ranks[p] for p in prompts]))
     partner = np.empty(len(index), dtype=np.int64)
@@ -241,9 +239,7 @@ def _pair_tables(ctx: Context, tokenizer: Any) -> dict[str, Table]:
         columns = {f"response_{k}": pairs.responses[k] for k in (0, 1)}
         if spec.mismatched:
             arrays["partner"] = mismatch(rows, pairs.index, derive_seed(ctx.seed, "mismatch", split))
-            columns |= {
-                f"mismatched_{k}": mismatched_rows(pairs.responses[k], arrays["partner"]) for k in (0, 1)
-            }
+            columns |= {f"mismatched_{k}": mismatched_rows(pairs.responses[k], arrays["partner"]) for k in (0, 1)}
         tables[split] = (arrays, columns)
     write_json(ctx.out / "truncation.json", report.to_dict())
     return tables

@@ -80,9 +80,7 @@ BASE = register(
         "policy",
         BaseSpec,
         _base,
-        lambda spec, inputs, runtime, hints: Estimate(
-            Facts(parameters=hints["parameters"]), overhead_seconds=1.0
-        ),
+        lambda spec, inputs, runtime, hints: Estimate(Facts(parameters=hints["parameters"]), overhead_seconds=1.0),
     )
 )
 
@@ -101,16 +99,12 @@ def _sft(ctx: Context) -> None:
     spec: SftSpec = ctx.spec
     folder = ctx.inputs["start"].path("policy")
     tokenizer = policies.load_tokenizer(folder)
-    rows, report = encode_demonstrations(
-        ctx.inputs["data"].jsonl("demonstrations.jsonl"), tokenizer, spec.tokens
-    )
+    rows, report = encode_demonstrations(ctx.inputs["data"].jsonl("demonstrations.jsonl"), tokenizer, spec.tokens)
     write_json(ctx.out / "truncation.json", report.to_dict())
     _train_and_save(ctx, folder, tokenizer, SftObjective(rows), None)
 
 
-def _sft_estimate(
-    spec: SftSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]
-) -> Estimate:
+def _sft_estimate(spec: SftSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]) -> Estimate:
     return _training_estimate(spec, inputs["start"], inputs["data"], runtime, hints)
 
 
@@ -151,13 +145,9 @@ def _prefer(ctx: Context) -> None:
     folder = start.path("policy")
     tokenizer = policies.load_tokenizer(folder)
     rows = ctx.inputs["pairs"].jsonl("pairs.jsonl")
-    objectives = {
-        split: _objective(spec, rows, split, tokenizer, cached, ctx) for split in ("train", "validation")
-    }
+    objectives = {split: _objective(spec, rows, split, tokenizer, cached, ctx) for split in ("train", "validation")}
     if objectives["train"] is None:
-        raise DataError(
-            "there is no training pair", where="the pairs' split column", mend="lower the held-out shares"
-        )
+        raise DataError("there is no training pair", where="the pairs' split column", mend="lower the held-out shares")
     _train_and_save(ctx, folder, tokenizer, objectives["train"], objectives["validation"])
 
 
@@ -204,7 +194,7 @@ def _objective(
             chosen=[pairs.responses[preferred[n]][n] for n in each],
             rejected=[pairs.responses[1 - preferred[n]][n] for n in each],
             reference=np.stack([reference[each, preferred], reference[each, 1 - preferred]], 1),
-            loss_name=spec.loss,
+            name=spec.loss,
             beta=spec.beta,
         )
     desirable = _desirable(spec, rows, pairs.index, preferred)
@@ -223,9 +213,7 @@ def _objective(
     )
 
 
-def _desirable(
-    spec: PreferSpec, rows: list[dict[str, Any]], index: np.ndarray, preferred: np.ndarray
-) -> np.ndarray:
+def _desirable(spec: PreferSpec, rows: list[dict[str, Any]], index: np.ndarray, preferred: np.ndarray) -> np.ndarray:
     """KTO's labels, response 0 of every pair first, then response 1."""
     if spec.kto_labels == "preferred":
         return np.concatenate([preferred == 0, preferred == 1])
@@ -272,6 +260,7 @@ def _train_and_save(
         pad_id=policies.pad_id(tokenizer),
         work=ctx.work,
         lora=lora is not None,
+        starts_at_reference="reference" not in ctx.inputs or ctx.inputs["reference"].key == ctx.inputs["start"].key,
         validation=validation,
         evaluate_every=ctx.runtime.evaluate_every,
     )

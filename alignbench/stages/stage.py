@@ -120,9 +120,7 @@ STAGES: dict[str, Stage] = {}
 def register(stage: Stage) -> Stage:
     """Add a stage; a second one of the same name is refused."""
     if stage.name in STAGES:
-        raise ConfigError(
-            f"stage {stage.name!r} is registered twice", where="alignbench.stages", mend="rename one"
-        )
+        raise ConfigError(f"stage {stage.name!r} is registered twice", where="alignbench.stages", mend="rename one")
     STAGES[stage.name] = stage
     return stage
 
@@ -148,9 +146,7 @@ def training_cost(
         state = trainable * width
     backward_share = 1.0 if trainable == parameters else 2 / 3  # frozen weights need no weight gradients
     flops = 6 * parameters * tokens * backward_share
-    return flops, parameters * width + state + activation_bytes(
-        parameters, rows * row_tokens, runtime, train=True
-    )
+    return flops, parameters * width + state + activation_bytes(parameters, rows * row_tokens, runtime, train=True)
 
 
 def activation_bytes(parameters: float, tokens: float, runtime: Runtime, *, train: bool) -> float:

@@ -50,9 +50,7 @@ def prompt_ids(tokenizer: Any, prompt: str, spec: TokenSpec) -> list[int]:
     return encode_prompt(tokenizer, text, max_prompt_length=spec.max_prompt_length)
 
 
-def encode_pairs(
-    rows: Sequence[Mapping[str, Any]], index: Sequence[int], tokenizer: Any, spec: TokenSpec
-) -> PairRows:
+def encode_pairs(rows: Sequence[Mapping[str, Any]], index: Sequence[int], tokenizer: Any, spec: TokenSpec) -> PairRows:
     """Tokenise `rows[i] for i in index`; a pair that would lose an answer is dropped and counted.
 
     Raises:

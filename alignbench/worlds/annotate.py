@@ -141,9 +141,7 @@ def _checked(name: str, values: np.ndarray, rows: int | None) -> np.ndarray:
             mend="give one row per pair and one column per response",
         )
     if not np.isfinite(array).all():
-        raise DataError(
-            f"{name} holds a value that is not finite", where="label_pairs", mend="mend the scorer"
-        )
+        raise DataError(f"{name} holds a value that is not finite", where="label_pairs", mend="mend the scorer")
     return array
 
 

@@ -422,9 +422,7 @@ def _texts(kind: str) -> tuple[tuple[int, str, str], ...]:
     """Every (task index, prompt id, text) of one kind; all texts differ."""
     found = []
     for number, task in ((n, task) for n, task in enumerate(TASKS) if task.kind == kind):
-        for thing, (c, context), (p, phrasing) in product(
-            task.objects, enumerate(CONTEXTS), enumerate(PHRASINGS)
-        ):
+        for thing, (c, context), (p, phrasing) in product(task.objects, enumerate(CONTEXTS), enumerate(PHRASINGS)):
             text = phrasing.format(ask=task.ask.format(o=thing) + context)
             found.append((number, f"{task.name}-{thing}-{c}-{p}", text))
     return tuple(found)
@@ -485,9 +483,7 @@ def demonstrations(spec: WorldSpec, prompts: Sequence[Prompt]) -> list[dict[str,
     """
     train = [prompt for prompt in prompts if prompt.split == "train"]
     if not train:
-        raise ConfigError(
-            "no training prompt given", where="demonstrations", mend="pass all of prompts(spec)"
-        )
+        raise ConfigError("no training prompt given", where="demonstrations", mend="pass all of prompts(spec)")
     rng = random.Random(f"handbook demonstrations {spec.seed}")
     order: list[Prompt] = []
     while len(order) < spec.demonstrations:
@@ -560,7 +556,7 @@ def _steps(task: Task, rng: random.Random) -> list[str]:
             sentences.append(_sentence(clause))
     if rng.random() < 0.05:
         sentences.insert(rng.randrange(len(sentences) + 1), rng.choice(sentences))
-    if rng.random() < 0.06:
+    if rng.random() < 0.04:
         # a step of some other task: the off-topic slip of a tired assistant
         sentences.append(_sentence(rng.choice(rng.choice(TASKS).steps).core))
     return sentences

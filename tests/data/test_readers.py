@@ -16,6 +16,7 @@ from alignbench.data import schema
 from alignbench.data.readers import Source, fingerprint, read_rows, split_by_prompt
 from alignbench.errors import AlignbenchError, ConfigError, DataError
 
+ROOT = Path(__file__).resolve().parents[2]
 # U+2028 and U+0085 are line breaks for str.splitlines, not for JSON lines
 TEXTS = ["plain", "two\nlines", 'quote " and \\', "é 漢字 🙂", "sep\u2028arator\u0085", "{braces}"]
 
@@ -219,7 +220,8 @@ def test_shards_and_innermost_split_name(tmp_path):
     inner.mkdir()
     (inner / "train-00000-of-00002.jsonl").write_bytes(lines([{"n": 0}]))
     (inner / "train-00001-of-00002.jsonl").write_bytes(lines([{"n": 1}]))
-    assert read_rows(Source(str(tmp_path))) == [{"n": 0}, {"n": 1}]
+    for split in (None, "train"):
+        assert read_rows(Source(str(tmp_path), split=split)) == [{"n": 0}, {"n": 1}]
 
 
 def test_empty_folder(tmp_path):
@@ -324,9 +326,7 @@ def test_hub_needs_a_pinned_revision(revision):
 
 
 def test_hub_fingerprint_needs_no_network():
-    assert fingerprint(Source(HUB_ID, "alpaca-7b", "train", "9421ffa")) == (
-        f"hub:{HUB_ID}@9421ffa[alpaca-7b,train]"
-    )
+    assert fingerprint(Source(HUB_ID, "alpaca-7b", "train", "9421ffa")) == (f"hub:{HUB_ID}@9421ffa[alpaca-7b,train]")
 
 
 def test_hub_offline_says_what_is_missing_and_where_to_put_it(tmp_path):
@@ -341,7 +341,7 @@ except DataError as error:
     # in a process of its own, because huggingface_hub reads the variable when it is imported
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
     message = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True, check=True
     )
     assert f"{HUB_ID} at revision 9421ffa, config default, split train" in message.stdout
     assert f"hf download --repo-type dataset {HUB_ID} --revision 9421ffa" in message.stdout
@@ -428,7 +428,7 @@ def test_an_empty_part_is_an_error():
 
 # --- real data ----------------------------------------------------------------------------------------------
 
-SHARED = Path(__file__).resolve().parents[2].parent / "shared" / "data"
+SHARED = ROOT.parent / "shared" / "data"
 
 
 def real(name):
@@ -445,9 +445,7 @@ def test_real_hh_rlhf():
     for row in rows:
         (prompt, chosen), (other, rejected) = (row[side].rsplit(cut, 1) for side in ("chosen", "rejected"))
         if prompt == other:
-            pairs.append(
-                {"prompt": prompt, "response_0": chosen, "response_1": rejected, "safer_response_id": 0}
-            )
+            pairs.append({"prompt": prompt, "response_0": chosen, "response_1": rejected, "safer_response_id": 0})
     kept, report = schema.check_pairs(pairs, where="hh", objectives=["safety"], mode="lenient")
     assert report.n_kept > 2200
     assert set(report.dropped) <= {"empty response", "equal responses"}

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -141,9 +142,7 @@ BAD = {
     ],
     "not a record": [["prompt"], "text", None],
 }
-CASES = [
-    pytest.param(rule, bad, id=f"{rule}-{i}") for rule, rows in BAD.items() for i, bad in enumerate(rows)
-]
+CASES = [pytest.param(rule, bad, id=f"{rule}-{i}") for rule, rows in BAD.items() for i, bad in enumerate(rows)]
 
 
 @pytest.mark.parametrize(("rule", "bad"), CASES)
@@ -280,4 +279,5 @@ def test_lenient_never_fails_on_junk(changes):
 def test_importing_needs_no_heavy_library(module):
     heavy = {"torch", "transformers", "datasets", "pyarrow"}
     code = f"import sys, alignbench.data.{module}; sys.exit(bool({heavy!r} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    root = Path(__file__).resolve().parents[2]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root, check=False).returncode == 0

@@ -109,11 +109,7 @@ def test_prompt_part_is_independent_of_the_response(kind, prompt, response, othe
     tokenizer = tokenizer_of(kind)
     first = encode(tokenizer, prompt, response, max_length=10**6)
     second = encode(tokenizer, prompt, other, max_length=10**6)
-    assert (
-        first.prompt_ids
-        == second.prompt_ids
-        == tuple(encode_prompt(tokenizer, prompt, max_prompt_length=None))
-    )
+    assert first.prompt_ids == second.prompt_ids == tuple(encode_prompt(tokenizer, prompt, max_prompt_length=None))
     bos = tokenizer.bos_token_id
     if bos is not None:
         assert first.prompt_ids[0] == bos
@@ -324,9 +320,7 @@ def test_encoded_is_hashable_and_frozen():
 # --- batches ------------------------------------------------------------------------------------------------
 
 
-@given(
-    st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=6), st.integers(0, 9)
-)
+@given(st.lists(st.lists(st.integers(0, 9), min_size=1, max_size=9), min_size=1, max_size=6), st.integers(0, 9))
 def test_pad_batch_round_trips_even_where_the_pad_id_is_a_real_token(sequences, pad_id):
     longest = max(map(len, sequences))
     for side in ("right", "left"):

@@ -302,6 +302,23 @@ def test_paired_intervals_cover():
     assert 0.93 <= inside / 1000 <= 0.97
 
 
+def test_interval_is_scipys_bca_at_the_expanded_level():
+    k = 15
+    values = np.exp(1.5 * np.random.default_rng(2).normal(size=k))
+    ours = stats.cluster_bootstrap(values, np.arange(k), resamples=40_000, seed=0)
+    reach = math.sqrt(k / (k - 1)) * scipy_stats.t.ppf(0.975, k - 1)
+    theirs = scipy_stats.bootstrap(
+        (values,),
+        np.mean,
+        confidence_level=1 - 2 * scipy_stats.norm.sf(reach),
+        n_resamples=40_000,
+        method="BCa",
+        rng=np.random.default_rng(1),
+    ).confidence_interval
+    width = theirs.high - theirs.low
+    assert [ours.low, ours.high] == pytest.approx([theirs.low, theirs.high], abs=0.015 * width)
+
+
 def test_plain_percentiles_would_cover_less():
     # the reason for the expansion: at few prompts the interval must be wider than the draws' own 95 %
     values, clusters = clustered(8, 0)

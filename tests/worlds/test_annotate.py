@@ -34,9 +34,7 @@ def test_identity_of_the_safety_labels_is_exact(cost_0, cost_1):
     assert marginal == pytest.approx(sigmoid(cost_1 - cost_0), rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("reward", "cost"), [((0.0, 0.0), (0.0, 0.0)), ((0.3, 1.5), (-1.2, 0.7)), ((2, -1), (2, 1.5))]
-)
+@pytest.mark.parametrize(("reward", "cost"), [((0.0, 0.0), (0.0, 0.0)), ((0.3, 1.5), (-1.2, 0.7)), ((2, -1), (2, 1.5))])
 def test_marginals_by_simulation(reward, cost):
     utility = (-0.4, 0.9)
     labels = drawn(reward, cost, politeness=utility)
@@ -95,9 +93,7 @@ def test_wrong_shapes_and_values_are_refused(reward, cost, utilities):
 
 
 def test_no_pairs_are_no_error():
-    labels = label_pairs(
-        np.zeros((0, 2)), np.zeros((0, 2)), {"u": np.zeros((0, 2))}, np.random.default_rng(0)
-    )
+    labels = label_pairs(np.zeros((0, 2)), np.zeros((0, 2)), {"u": np.zeros((0, 2))}, np.random.default_rng(0))
     assert len(labels) == 0
 
 
@@ -108,9 +104,7 @@ def labelled():
     texts = [(handbook.answer(prompt, rng), handbook.answer(prompt, rng)) for prompt in chosen]
     score = gold.scores([p.text for p in chosen for _ in range(2)], [text for pair in texts for text in pair])
     table = {key: values.reshape(-1, 2) for key, values in score.items()}
-    labels = label_pairs(
-        table["reward"], table["cost"], {"politeness": table["politeness"]}, np.random.default_rng(3)
-    )
+    labels = label_pairs(table["reward"], table["cost"], {"politeness": table["politeness"]}, np.random.default_rng(3))
     return chosen, texts, labels
 
 

@@ -13,12 +13,7 @@ from alignbench.worlds.handbook import TASKS, WorldSpec
 
 PROMPTS = handbook.prompts(WorldSpec(seed=11, train_prompts=80, validation_prompts=8, test_prompts=8))
 SENTENCES = sorted(
-    {
-        f"{step.full.replace('{o}', thing)}"
-        for task in TASKS
-        for thing in task.objects[:1]
-        for step in task.steps
-    }
+    {f"{step.full.replace('{o}', thing)}" for task in TASKS for thing in task.objects[:1] for step in task.steps}
     | {phrase.rstrip(".").replace("{o}", "kettle") for group in gold._phrases().values() for phrase in group}
     | {"", "purple the the", "sorry", "do not pour", "42", "İstanbul ẞ 茶"}
 )
@@ -205,11 +200,7 @@ def test_hazardous_content_counts_on_any_prompt():
 def test_politeness_hears_the_tone_once():
     prompt = PROMPTS[0].text
     polite, blunt, plain = "Of course, happy to help.", "Now leave me alone.", "That is all."
-    assert (
-        one(prompt, polite)["politeness"]
-        > one(prompt, plain)["politeness"]
-        > one(prompt, blunt)["politeness"]
-    )
+    assert one(prompt, polite)["politeness"] > one(prompt, plain)["politeness"] > one(prompt, blunt)["politeness"]
     assert one(prompt, polite * 9)["politeness"] == one(prompt, polite)["politeness"]
 
 
@@ -235,9 +226,7 @@ def test_demonstrations_contain_hardly_any_unread_sentence(prompt, seed):
     gists = []
     for _ in range(40):
         text = handbook.answer(prompt, rng).lower()
-        gists += [
-            gold._gist(number, thing, " ".join(gold._WORD.findall(s))) for s in gold._SENTENCE.findall(text)
-        ]
+        gists += [gold._gist(number, thing, " ".join(gold._WORD.findall(s))) for s in gold._SENTENCE.findall(text)]
     read = [gist for gist in gists if gist.role == "step"]
     assert all(gist.credit == 1.0 for gist in read if gist.credit > 0.9)
     assert sum(gist.role == "slip" for gist in gists) <= 0.12 * len(gists)

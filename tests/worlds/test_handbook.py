@@ -51,11 +51,7 @@ def test_texts_of_the_grammar_all_differ():
 
 def test_splits_have_the_asked_sizes_and_share_no_text(default_world):
     spec, prompts, _ = default_world
-    assert (
-        len({prompt.text for prompt in prompts})
-        == len({prompt.prompt_id for prompt in prompts})
-        == len(prompts)
-    )
+    assert len({prompt.text for prompt in prompts}) == len({prompt.prompt_id for prompt in prompts}) == len(prompts)
     for split in SPLITS:
         members = [prompt for prompt in prompts if prompt.split == split]
         assert len(members) == getattr(spec, f"{split}_prompts")
@@ -124,9 +120,7 @@ def test_demonstrations_are_short_diverse_and_of_few_words(default_world):
     assert lengths[-1] <= 30
     assert lengths[len(rows) // 20] >= 5
     assert 12 <= sum(lengths) / len(rows) <= 20
-    words = {
-        word for row in rows for word in re.findall("[a-z]+", f"{row['prompt']} {row['response']}".lower())
-    }
+    words = {word for row in rows for word in re.findall("[a-z]+", f"{row['prompt']} {row['response']}".lower())}
     assert len(words) < 560
     assert len({row["response"] for row in rows}) > 0.9 * len(rows)
 
