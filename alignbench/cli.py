@@ -14,6 +14,7 @@ import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -76,8 +77,16 @@ def explain_overrides(overrides: list[str]) -> None:
     chosen = []
     for override in parsed:
         if override.key_or_group in groups and not override.is_delete():
-            value = override.value() if not override.is_sweep_override() else _first(override.value_string())
-            chosen.append(f"{override.key_or_group}={value}")
+            if override.value() is None:
+                raise ConfigError(
+                    f"{override.key_or_group} is a group, and no option of it is called null",
+                    where=f"override {override.input_line}",
+                    mend=f"leave it out, or write ~{override.key_or_group}",
+                )
+            if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+                return
+            # of a sweep the first option: a key that only others have is an error of the first one's run
+            chosen.append(f"{override.key_or_group}={_first(override)}")
     known = _known_keys(chosen)
     if known is None:
         return
@@ -86,6 +95,14 @@ def explain_overrides(overrides: list[str]) -> None:
         if key in groups or key == "hydra" or key.startswith(("hydra.", "hydra/")):
             continue
         if not any(k == key or k.startswith(f"{key}.") for k in known):
+            parent = next((k for k in known if key.startswith(f"{k}.") and known[k]), None)
+            if parent is not None:
+                raise ConfigError(
+                    f"{parent} is null in this configuration, so {key!r} has no place",
+                    where=f"override {override.input_line}",
+                    mend=f"choose an option of the group {parent.split('.')[0]} that sets it (see --help), "
+                    "or write one of your own in conf/",
+                )
             near = difflib.get_close_matches(key, known, n=3, cutoff=0.5)
             raise ConfigError(
                 f"unknown option {key!r}",
@@ -94,12 +111,12 @@ def explain_overrides(overrides: list[str]) -> None:
             )
 
 
-def _first(sweep: str) -> str:
-    return sweep.strip("[]").removeprefix("choice(").split(",")[0].strip(" )'\"")
+def _first(override: Override) -> str:
+    return next(override.sweep_string_iterator()) if override.is_sweep_override() else override.get_value_string()
 
 
-def _known_keys(choices: list[str]) -> list[str] | None:
-    """Every key of the configuration that these group choices compose; None where they do not compose."""
+def _known_keys(choices: list[str]) -> dict[str, bool] | None:
+    """Every key that these group choices compose, and whether it is a mapping left null; None if they do not."""
     try:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             composed = hydra.compose("config", overrides=choices)
@@ -108,14 +125,14 @@ def _known_keys(choices: list[str]) -> list[str] | None:
     return _paths(composed)
 
 
-def _paths(node: DictConfig, prefix: str = "") -> list[str]:
-    paths = []
+def _paths(node: DictConfig, prefix: str = "") -> dict[str, bool]:
+    paths: dict[str, bool] = {}
     for key in map(str, node):
         name = f"{prefix}{key}"
-        paths.append(name)
         child = None if OmegaConf.is_missing(node, key) else node._get_node(key)
+        paths[name] = isinstance(child, DictConfig) and child._is_none()
         if isinstance(child, DictConfig) and not child._is_none():
-            paths += _paths(child, f"{name}.")
+            paths |= _paths(child, f"{name}.")
     return paths
 
 

@@ -11,12 +11,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from alignbench.data.templates import check_template
 from alignbench.errors import ConfigError
 from alignbench.models.scorers import find_scorer
 from alignbench.problem import Form, Problem
@@ -208,6 +210,8 @@ class Config:
 # tracking mode name the same run.
 _OUTSIDE_RUN_ID = ("hydra", "plan", "output_dir", "store_dir", "tracking", "tuned_by")
 _HARDWARE_IN_RUN_ID = ("dtype",)
+# What the embedded world scores and labels besides the reward.
+WORLD_UTILITIES = ("safety", "politeness")
 
 
 def scientific(config: DictConfig) -> dict[str, Any]:
@@ -231,7 +235,7 @@ def run_id(config: DictConfig) -> str:
     The same configuration has the same id on every machine and in every order of overrides.
     """
     science = scientific(config)
-    text = json.dumps(science, sort_keys=True, separators=(",", ":"), default=str)
+    text = json.dumps(_one_spelling(science), sort_keys=True, separators=(",", ":"), default=str)
     digest = hashlib.sha256(text.encode()).hexdigest()[:10]
 
     def name(group: str) -> str:
@@ -239,6 +243,15 @@ def run_id(config: DictConfig) -> str:
         return str(node.get("name", group)) if isinstance(node, dict) else group
 
     return f"{name('method')}-{name('dataset')}-s{science.get('seed', 0)}-{digest}"
+
+
+def _one_spelling(value: Any) -> Any:
+    """The same value with whole floats as integers: a method's `epochs=2` and `epochs=2.0` are one run."""
+    if isinstance(value, dict):
+        return {key: _one_spelling(child) for key, child in value.items()}
+    if isinstance(value, list):
+        return [_one_spelling(child) for child in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def resolve(config: DictConfig) -> tuple[Config, Any]:
@@ -252,6 +265,8 @@ def resolve(config: DictConfig) -> tuple[Config, Any]:
     """
     from alignbench.methods import METHODS, find_method
 
+    # before the unset keys: half of the other source would otherwise be asked for
+    _check_one_source(OmegaConf.select(config, "dataset.world"), OmegaConf.select(config, "dataset.files"))
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(
@@ -270,7 +285,10 @@ def resolve(config: DictConfig) -> tuple[Config, Any]:
             where=f"conf/method/{name}.yaml or an override method.*",
             mend=f"its settings are: {known}. Methods: {', '.join(sorted(METHODS))}.",
         ) from None
-    plain = OmegaConf.create({k: v for k, v in config.items() if k not in ("hydra", "method")})
+    # plain containers: merged as typed nodes, keys forced in with + would pass unseen
+    plain = OmegaConf.to_container(
+        OmegaConf.masked_copy(config, [str(k) for k in config if k not in ("hydra", "method")]), resolve=True
+    )
     try:
         typed = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config(method=None)), plain))
     except OmegaConfBaseException as error:
@@ -291,7 +309,9 @@ def _mend_missing(missing: list[str]) -> str:
         "model.path": "model.path=/path/to/a/transformers/folder",
         "dataset.files.pairs.path": "dataset.files.pairs.path=pairs.jsonl",
     }
-    return "add " + " ".join(example.get(key, f"{key}=VALUE") for key in missing) + " to the command"
+    mend = "add " + " ".join(example.get(key, f"{key}=VALUE") for key in missing) + " to the command"
+    fine_tuned = any(key.startswith("model.sft.") for key in missing)
+    return mend + (", or model.sft=null where the model is already fine-tuned" if fine_tuned else "")
 
 
 def validate(config: Config, settings: Any) -> None:
@@ -301,8 +321,8 @@ def validate(config: Config, settings: Any) -> None:
         ConfigError: settings contradict each other; the message holds the mend.
     """
     problem_of(config.constraint)
-    _check_dataset(config)
     _check_model(config.model, "model")
+    _check_dataset(config)
     _check_hardware(config.hardware)
     _check_evaluation(config)
     if config.tracking.mode not in ("online", "offline", "disabled"):
@@ -313,25 +333,34 @@ def validate(config: Config, settings: Any) -> None:
 
 def problem_of(constraint: ConstraintConfig) -> Problem:
     """The constrained problem that a configuration states; its own checks raise ConfigError."""
-    return Problem(constraint.beta, Form(constraint.form), tuple(constraint.utilities), tuple(constraint.thresholds))
+    form = cast(Form, constraint.form)  # Problem converts it, and lists the known ones
+    try:
+        return Problem(constraint.beta, form, tuple(constraint.utilities), tuple(constraint.thresholds))
+    except ConfigError as error:
+        where = error.where.replace("problem.", "constraint.")
+        raise ConfigError(error.what, where=where, mend=error.mend) from None
 
 
 def check_train(train: TrainConfig, where: str) -> None:
     """Refuse optimiser settings that cannot train (`where` is their configuration key)."""
     rules = {
-        "learning_rate": train.learning_rate > 0,
+        "learning_rate": 0 < train.learning_rate < math.inf,
         "epochs": train.epochs > 0,
         "batch_size": train.batch_size >= 1,
         "warmup_ratio": 0 <= train.warmup_ratio < 1,
         "weight_decay": train.weight_decay >= 0,
         "max_grad_norm": train.max_grad_norm > 0,
+        "adam_beta1": 0 <= train.adam_beta1 < 1,
+        "adam_beta2": 0 <= train.adam_beta2 < 1,
+        "adam_eps": train.adam_eps > 0,
     }
     for name, good in rules.items():
         if not good:
             raise ConfigError(
                 f"{where}.{name} = {getattr(train, name)} is out of range",
                 where=f"{where}.{name}",
-                mend="learning_rate, epochs, batch_size and max_grad_norm are positive, warmup_ratio in [0, 1)",
+                mend="learning_rate, epochs, batch_size, max_grad_norm and adam_eps are positive, weight_decay is not "
+                "negative, warmup_ratio and the betas lie in [0, 1)",
             )
     if train.schedule not in ("cosine", "linear", "constant"):
         raise _unknown(f"{where}.schedule", train.schedule, ("cosine", "linear", "constant"))
@@ -341,14 +370,19 @@ def _unknown(key: str, value: object, known: tuple[str, ...]) -> ConfigError:
     return ConfigError(f"{key} = {value!r} is unknown", where=key, mend="one of: " + ", ".join(known))
 
 
-def _check_dataset(config: Config) -> None:
-    data = config.dataset
-    if (data.world is None) == (data.files is None):
+def _check_one_source(world: object, files: object) -> None:
+    if (world is None) == (files is None):
         raise ConfigError(
             "a data set is either the embedded world or files: exactly one of dataset.world, dataset.files",
             where="dataset",
-            mend="choose dataset=handbook, or dataset=files dataset.files.pairs.path=...",
+            mend="choose dataset=handbook, or dataset=files dataset.files.pairs.path=... "
+            "(debug=tiny shrinks the embedded world, and belongs to no other data set)",
         )
+
+
+def _check_dataset(config: Config) -> None:
+    data = config.dataset
+    _check_one_source(data.world, data.files)
     if data.files is not None:
         shares = (data.files.validation_share, data.files.test_share)
         if min(shares) < 0 or sum(shares) >= 1:
@@ -375,13 +409,21 @@ def _check_dataset(config: Config) -> None:
             raise ConfigError(
                 "model.sft asks for supervised fine-tuning, but the data set has no demonstrations",
                 where="dataset.files.demonstrations",
-                mend="give dataset.files.demonstrations.path, or model.sft=null to start from the model as it is",
+                mend="dataset=files_with_demonstrations dataset.files.demonstrations.path=..., "
+                "or model.sft=null to start from the model as it is",
             )
     if data.world is not None:
         for name in ("train_prompts", "test_prompts", "demonstrations", "pairs_per_prompt"):
             if getattr(data.world, name) < 1:
                 raise ConfigError(f"{name} must be at least 1", where=f"dataset.world.{name}", mend="raise it")
         _check_sampling(data.world.sampling, "dataset.world.sampling", config.model)
+        unknown = [name for name in config.constraint.utilities if name not in WORLD_UTILITIES]
+        if unknown:
+            raise ConfigError(
+                f"the embedded world has no utility {', '.join(unknown)}: nothing scores or labels it",
+                where="constraint.utilities",
+                mend=f"choose among: {', '.join(WORLD_UTILITIES)}",
+            )
 
 
 def _check_sampling(sampling: SamplingConfig, where: str, model: ModelConfig) -> None:
@@ -408,20 +450,49 @@ def _check_model(model: ModelConfig, where: str) -> None:
             where=f"{where}.max_prompt_length",
             mend="leave room for at least one response token",
         )
+    try:
+        check_template(model.template)
+    except ConfigError as error:
+        raise ConfigError(error.what, where=f"{where}.template", mend=error.mend) from None
     if model.sft is not None:
         check_train(model.sft, f"{where}.sft")
     elif model.path is None:
         raise ConfigError(
-            "a model built from nothing needs supervised fine-tuning",
-            where=f"{where}.sft",
-            mend="keep model.sft, or give model.path",
+            f"{where}.path is not given, and a model built from nothing needs supervised fine-tuning",
+            where=f"{where}.path",
+            mend=f"add {where}.path=/path/to/a/transformers/folder, or keep {where}.sft to build a model",
         )
+    if model.path is None:
+        _check_built(model, where)
     lora = model.lora
     if lora.rank < 0 or not 0 <= lora.dropout < 1 or (lora.rank > 0 and not lora.targets):
         raise ConfigError(
             f"LoRA rank {lora.rank}, dropout {lora.dropout}, targets {list(lora.targets)} cannot train",
             where=f"{where}.lora",
             mend="rank >= 0 (0 trains all weights), 0 <= dropout < 1, and at least one target module name",
+        )
+
+
+def _check_built(model: ModelConfig, where: str) -> None:
+    """A model built from nothing: a shape that exists, long enough, all of its weights trained by SFT."""
+    shape = model.architecture
+    if shape.heads < 1 or shape.kv_heads < 1 or shape.hidden_size % shape.heads or shape.heads % shape.kv_heads:
+        raise ConfigError(
+            f"{shape.heads} heads and {shape.kv_heads} key-value heads do not divide a width of {shape.hidden_size}",
+            where=f"{where}.architecture",
+            mend="hidden_size is a multiple of heads, and heads a multiple of kv_heads",
+        )
+    if model.max_length > shape.max_positions:
+        raise ConfigError(
+            f"max_length {model.max_length} exceeds the model's {shape.max_positions} positions",
+            where=f"{where}.max_length",
+            mend=f"lower it, or raise {where}.architecture.max_positions",
+        )
+    if model.lora_for_sft and model.lora.rank > 0:
+        raise ConfigError(
+            "adapters on random weights learn nothing: a model built from nothing needs SFT of all weights",
+            where=f"{where}.lora_for_sft",
+            mend=f"{where}.lora_for_sft=false, or give {where}.path",
         )
 
 
@@ -443,6 +514,14 @@ def _check_hardware(hardware: HardwareConfig) -> None:
     for name in ("micro_batch", "eval_batch", "generation_batch", "checkpoint_every"):
         if getattr(hardware, name) < 1:
             raise ConfigError(f"hardware.{name} must be at least 1", where=f"hardware.{name}", mend="raise it")
+    no_memory = hardware.memory_gib is not None and hardware.memory_gib <= 0
+    if hardware.threads < 0 or hardware.flops_per_second <= 0 or no_memory:
+        raise ConfigError(
+            f"threads {hardware.threads}, flops_per_second {hardware.flops_per_second}, "
+            f"memory_gib {hardware.memory_gib} describe no machine",
+            where="hardware",
+            mend="threads >= 0, flops_per_second > 0, memory_gib > 0 or null",
+        )
 
 
 def _check_evaluation(config: Config) -> None:
@@ -454,10 +533,11 @@ def _check_evaluation(config: Config) -> None:
             where="evaluate.split",
             mend="evaluate.split=test (or validation while choosing hyper-parameters)",
         )
-    if not 0 < ev.level < 1 or ev.resamples < 100 or ev.samples_per_prompt < 1:
+    if not 0 < ev.level < 1 or ev.resamples < 100 or ev.samples_per_prompt < 1 or ev.every_steps < 0:
         raise ConfigError(
-            f"level {ev.level}, resamples {ev.resamples}, samples_per_prompt {ev.samples_per_prompt}",
+            f"level {ev.level}, resamples {ev.resamples}, samples_per_prompt {ev.samples_per_prompt}, "
+            f"every_steps {ev.every_steps}",
             where="evaluate",
-            mend="0 < level < 1, at least 100 resamples and at least one sample per prompt",
+            mend="0 < level < 1, at least 100 resamples, at least one sample per prompt, every_steps >= 0",
         )
     _check_sampling(ev.sampling, "evaluate.sampling", config.model)

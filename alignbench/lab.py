@@ -114,8 +114,9 @@ class Lab:
     def reference(self) -> Node:
         """pi_ref: the base model, supervised fine-tuned where the configuration says so."""
         model = self.config.model
+        data = self.data()  # first: broken rows are found before a model is fetched
         if model.path is None:
-            spec, inputs = BaseSpec(model.architecture, None), {"data": self.data()}
+            spec, inputs = BaseSpec(model.architecture, None), {"data": data}
         else:
             spec, inputs = BaseSpec(None, model_fingerprint(model.path, model.revision)), {}
         shape = {"parameters": parameter_count(model.architecture)}
@@ -130,7 +131,7 @@ class Lab:
                 self._tokens,
                 self.config.hardware.dtype,
             ),
-            {"start": base, "data": self.data()},
+            {"start": base, "data": data},
             "sft",
             hints=self._trainable if model.lora_for_sft else {},
         )

@@ -49,6 +49,17 @@ def memory_limit(hardware: HardwareConfig) -> float:
     return float(psutil.virtual_memory().total)
 
 
+_LOWER = {
+    "sample": "lower hardware.generation_batch",
+    "logprobs": "lower hardware.eval_batch",
+    "merge": "take a smaller model",
+}
+_LOWER_TRAINING = (
+    "lower hardware.micro_batch, set hardware.activation_checkpointing=true, train adapters (model.lora.rank), "
+    "or choose hardware=gpu_zero3"
+)
+
+
 def check_fits(lab: PlanLab) -> None:
     """Refuse a stage whose estimated peak exceeds the device.
 
@@ -63,8 +74,8 @@ def check_fits(lab: PlanLab) -> None:
                 f"stage '{node.label}' needs about {needed / 2**30:.1f} GiB in one process; "
                 f"{limit / 2**30:.1f} GiB are there",
                 where="hardware",
-                mend="lower hardware.micro_batch or hardware.eval_batch, set hardware.activation_checkpointing=true, "
-                "use LoRA (model.lora.rank), or a larger device (hardware.memory_gib states a known one)",
+                mend=f"{_LOWER.get(node.stage.name, _LOWER_TRAINING)}, "
+                "or take a larger device (hardware.memory_gib states a known one)",
             )
 
 

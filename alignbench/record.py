@@ -70,6 +70,17 @@ def make_record(
     }
 
 
+def portable(value: Any) -> Any:
+    """A configuration without folders of this machine: of an absolute path only the last name stays."""
+    if isinstance(value, dict):
+        return {name: portable(inner) for name, inner in value.items()}
+    if isinstance(value, list):
+        return [portable(inner) for inner in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        return Path(value).name
+    return value
+
+
 def data_statistics(nodes: dict[str, Node]) -> dict[str, Any]:
     """What validation and truncation counted, by stage."""
     found: dict[str, Any] = {}

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 
 from alignbench import record as records
+from alignbench.cli import SWEEP_ENV
 from alignbench.config import Config, problem_of, resolve, run_id, scientific, validate
 from alignbench.errors import ConfigError
 from alignbench.lab import Lab, Node
@@ -42,7 +44,7 @@ def execute(composed: DictConfig) -> float:
         run_id=identity,
         group=config.tracking.group or _sweep_name() or str(config.dataset.name),
         job_type=find_method(settings.name).name,
-        config=scientific(composed),
+        config=records.portable(scientific(composed)),
         folder=Path(config.output_dir) / identity,
     )
     planner = PlanLab(config, store, tracker)
@@ -57,7 +59,7 @@ def execute(composed: DictConfig) -> float:
         outcome, evaluations = _recipe(lab, config, settings)
         record = records.make_record(
             run_id=identity,
-            config=scientific(composed),
+            config=records.portable(scientific(composed)),
             outcome=outcome,
             evaluations=evaluations,
             nodes=lab.nodes,
@@ -92,11 +94,11 @@ def _tuning(path: str | None) -> dict[str, Any] | None:
 
 
 def _sweep_name() -> str | None:
-    """The W&B group of a multirun: a hash-free name of what is swept; None for a single run."""
+    """The W&B group of a multirun, which `cli.main` names by its overrides; None for a single run."""
     hydra = HydraConfig.get() if HydraConfig.initialized() else None
     if hydra is None or hydra.mode is None or hydra.mode.name != "MULTIRUN":
         return None
-    return str(OmegaConf.select(hydra, "sweep.dir")).rstrip("/").rsplit("/", 1)[-1]
+    return os.environ.get(SWEEP_ENV)
 
 
 def _report(record: dict[str, Any], folder: Path, console: Console, tracker: Tracker) -> None:
@@ -135,11 +137,12 @@ def _generations(lab: Lab, evaluations: dict[str, Node], folder: Path, tracker: 
 
 def _say_where(record: dict[str, Any], path: Path, console: Console) -> None:
     cost = record["cost"]
+    picture = path.with_name("trade_off.png")
     console.print(
         f"stages: {cost['stages_built_now']} run, {cost['stages'] - cost['stages_built_now']} found in the store\n"
         f"record:      {path}\n"
         f"table:       {path.with_name('table.md')}\n"
-        f"picture:     {path.with_name('trade_off.png')}\n"
+        f"picture:     {picture if picture.exists() else 'none without scores'}\n"
         f"generations: {path.with_name('generations.jsonl')}\n"
         f"policy:      artifact {record['outcome']['policies'][record['outcome']['reported']]} in the store",
         highlight=False,

@@ -34,6 +34,7 @@ class Tracker:
         self._settings, self._folder, self._config = settings, folder, dict(config)
         self._names = {"id": run_id, "group": group, "job_type": job_type}
         self._run: Any = None
+        self._opened: Any = None
         self._axes: set[str] = set()
 
     def __enter__(self) -> Tracker:
@@ -42,8 +43,8 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        run, self._run = self._run, None
-        if run is not None:
+        run, self._run, self._opened = self._opened, None, None
+        if run is not None:  # also where mirroring broke off: an open run would swallow the next job's metrics
             with contextlib.suppress(Exception):
                 run.finish(exit_code=0 if kind is None else 1)
 
@@ -51,7 +52,7 @@ class Tracker:
         import wandb
 
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._run = wandb.init(
+        self._run = self._opened = wandb.init(
             project=self._settings.project,
             entity=self._settings.entity,
             # W&B keeps a deleted run's id for ever: the folder's hash keeps two checkouts apart

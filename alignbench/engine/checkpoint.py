@@ -11,10 +11,13 @@ from typing import Any
 
 import torch
 
+from alignbench.errors import StoreError
 from alignbench.store import atomic_write_json, read_json
 
 log = logging.getLogger(__name__)
 _MARKER = "COMPLETE.json"
+# What torch's zip writer says, as a RuntimeError of its own, where a file cannot grow.
+_WRITE_FAULTS = ("write", "iostream error", "unexpected pos")
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Checkpoints:
         """
         tag = f"step-{step}"
         self._folder.mkdir(parents=True, exist_ok=True)
+        self._discard(tag)
         client = {"step": step, "torch_rng": torch.get_rng_state(), **state}
         if torch.cuda.is_available():
             client["cuda_rng"] = torch.cuda.get_rng_state_all()
@@ -53,13 +57,14 @@ class Checkpoints:
                 save_latest=False,
                 exclude_frozen_parameters=self._lora,
             )
-        except RuntimeError as error:
-            # torch's zip writer reports a full disk as a RuntimeError of its own
-            if shutil.disk_usage(self._folder).free < 1 << 22 or "write" in str(error).lower():
-                shutil.rmtree(self._folder / tag, ignore_errors=True)
-                raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(self._folder)) from error
-            raise
-        atomic_write_json(self._folder / _MARKER, {"tag": tag, "step": step, "layout": asdict(self._layout)})
+        except (OSError, RuntimeError) as error:
+            full = shutil.disk_usage(self._folder).free < 1 << 22
+            self._discard(tag)  # half a checkpoint must not keep a full disk full
+            if isinstance(error, OSError) or not (full or any(text in str(error).lower() for text in _WRITE_FAULTS)):
+                raise
+            raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(self._folder)) from error
+        marker = {"tag": tag, "step": step, "layout": asdict(self._layout), "files": self._sizes(tag)}
+        atomic_write_json(self._folder / _MARKER, marker)
         for old in self._folder.glob("step-*"):
             if old.name != tag:
                 shutil.rmtree(old, ignore_errors=True)
@@ -82,14 +87,31 @@ class Checkpoints:
                 asdict(self._layout),
             )
             return None
-        path, client = engine.load_checkpoint(str(self._folder), tag=found["tag"], load_module_strict=not self._lora)
-        if path is None:
-            log.warning("the checkpoint %s cannot be read: starting anew", found["tag"])
+        if self._sizes(found["tag"]) != found.get("files"):
+            log.warning("files of the checkpoint %s are cut or absent: starting anew", found["tag"])
             return None
+        try:
+            _, client = engine.load_checkpoint(str(self._folder), tag=found["tag"], load_module_strict=not self._lora)
+        except Exception as error:  # torch and pickle raise many types; the engine may be half loaded by now
+            raise StoreError(
+                f"the checkpoint at step {found['step']} cannot be read ({type(error).__name__}: {error})",
+                where=str(self._folder),
+                mend="remove that folder and run the same command again: the stage starts anew",
+            ) from error
         torch.set_rng_state(client["torch_rng"])
         if torch.cuda.is_available() and "cuda_rng" in client:
             torch.cuda.set_rng_state_all(client["cuda_rng"])
         return dict(client)
+
+    def _sizes(self, tag: str) -> dict[str, int]:
+        return {path.name: path.stat().st_size for path in sorted((self._folder / tag).glob("*"))}
+
+    def _discard(self, tag: str) -> None:
+        """Remove a killed or refused run's folder (and its marker first): files of two runs must not mix."""
+        marker = self._folder / _MARKER
+        if marker.exists() and read_json(marker)["tag"] == tag:
+            marker.unlink()
+        shutil.rmtree(self._folder / tag, ignore_errors=True)
 
     def clear(self) -> None:
         """Forget every checkpoint: the stage is done."""

@@ -87,9 +87,10 @@ def _sample(
     lengths = attention[:, :longest].sum(1)
     positions = (attention[:, :longest].cumsum(1) - 1).clamp(min=0)
     tokens = input_ids.to(device)
+    drawn = torch.full((len(requests), sampling.max_new_tokens), -1, device=device)
+    active = torch.arange(len(requests), device=device)  # rows of `drawn` still in the batch
+    done = torch.zeros_like(active, dtype=torch.bool)
     cache = None
-    drawn: list[torch.Tensor] = []
-    done = torch.zeros(len(requests), dtype=torch.bool, device=device)
     for step in range(sampling.max_new_tokens):
         out = policy(
             input_ids=tokens,
@@ -100,14 +101,17 @@ def _sample(
         )
         cache = out.past_key_values
         token = draw(out.logits[:, -1], uniforms[:, step], sampling.temperature, sampling.top_p)
-        token = torch.where(done, pad_id, token)
-        drawn.append(torch.where(done, -1, token))
+        drawn[active[~done], step] = token[~done]
         done |= token == eos_id
         if bool(done.all()):
             break
+        if int(done.sum()) * 2 >= len(done):  # half the batch is waiting for the other half: let it go
+            kept = (~done).nonzero()[:, 0]
+            cache.batch_select_indices(kept)
+            active, token, done = active[kept], token[kept], done[kept]
+            attention, uniforms, lengths = attention[kept], uniforms[kept], lengths[kept]
         tokens, positions = token.unsqueeze(1), (lengths + step).unsqueeze(1)
-    ids = torch.stack(drawn, 1).cpu().tolist()
-    return [[t for t in row if t >= 0] for row in ids]
+    return [[t for t in row if t >= 0] for row in drawn.cpu().tolist()]
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:

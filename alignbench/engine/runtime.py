@@ -70,7 +70,10 @@ def import_deepspeed() -> Any:
 
 def deepspeed_config(hardware: HardwareConfig, *, micro_batch: int, accumulate: int, clip: float) -> dict[str, Any]:
     """DeepSpeed's configuration for one training stage."""
-    zero: dict[str, Any] = {"stage": hardware.zero_stage}
+    # DeepSpeed 0.19 refuses bf16 with fp32 accumulation and no ZeRO ("unsupported mix"). In a world of one stage 2
+    # splits nothing; stage 1 takes another path (BF16_Optimizer), which is slow to set up and prints memory tables
+    stage = 2 if hardware.dtype == "bf16" and hardware.zero_stage == 0 else hardware.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
     if hardware.offload == "cpu":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         if hardware.zero_stage == 3:

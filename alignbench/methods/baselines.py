@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
+from alignbench.errors import ConfigError
 from alignbench.methods.recipe import Outcome, method
 from alignbench.methods.steps import StepSettings
 from alignbench.problem import Problem
@@ -46,6 +47,8 @@ class SingleSettings:
     def check(self, config: Config) -> None:
         """Refuse a step that cannot train."""
         self.step.check("method.step")
+        if self.beta is not None and self.beta <= 0:
+            raise ConfigError(f"beta = {self.beta}", where="method.beta", mend="a positive number, or null")
 
 
 @method("dpo_helpful", SingleSettings)
@@ -67,7 +70,7 @@ def _single(lab: Lab, problem: Problem, settings: SingleSettings, name: str, obj
         reference,
         lab.pairs(),
         objective=objective,
-        beta=settings.beta or problem.beta,
+        beta=problem.beta if settings.beta is None else settings.beta,
         settings=settings.step.prefer(),
         label=f"prefer {objective}",
     )

@@ -106,20 +106,31 @@ def load_policy(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A causal language model in evaluation mode.
 
     Raises:
-        ModelError: not a transformers folder, or a parameter holds NaN or infinity.
+        ModelError: not a transformers folder, a parameter is absent, or one holds NaN or infinity.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # one bar per stage is enough: ours
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, trust_remote_code=False, use_safetensors=True)
-    except (OSError, ValueError) as error:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"the folder holds no causal language model in safetensors: {str(error).splitlines()[0]}",
             where=str(folder),
             mend="re-save it with model.save_pretrained(FOLDER); pickled weights are not read",
         ) from error
+    absent = sorted(loading["missing_keys"])
+    if absent:
+        raise ModelError(
+            f"{len(absent)} parameter tensor(s) are absent: {', '.join(absent[:3])}",
+            where=str(folder),
+            mend="get the whole causal language model (a reward model has no language head); transformers would "
+            "fill the gap with random numbers",
+        )
     broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
     if broken:
         raise ModelError(
@@ -212,7 +223,8 @@ def merge_policies(parts: list[tuple[Path, float]]) -> Any:
     models = [load_policy(folder, torch.float32, torch.device("cpu")) for folder, _ in parts]
     states = [model.state_dict() for model in models]
     shapes = [{name: tuple(t.shape) for name, t in state.items()} for state in states]
-    if any(shape != shapes[0] for shape in shapes[1:]):
+    configs = [_architecture(model) for model in models]  # equal shapes may be other heads or untied embeddings
+    if any(shape != shapes[0] for shape in shapes[1:]) or any(config != configs[0] for config in configs[1:]):
         raise ModelError(
             "policies of different shape cannot be merged",
             where="merge",
@@ -224,6 +236,12 @@ def merge_policies(parts: list[tuple[Path, float]]) -> Any:
     }
     models[0].load_state_dict({name: tensor.to(states[0][name].dtype) for name, tensor in merged.items()})
     return models[0].to(stored_dtype(parts[0][0]))
+
+
+def _architecture(model: Any) -> dict[str, Any]:
+    """A model's configuration without what says nothing of its function."""
+    aside = ("dtype", "torch_dtype", "transformers_version", "use_cache", "_name_or_path")
+    return {name: value for name, value in model.config.to_dict().items() if name not in aside}
 
 
 def stored_dtype(folder: Path) -> torch.dtype:

@@ -26,8 +26,9 @@ def trade_off(records: Sequence[Mapping[str, Any]], path: Path, *, utility: str)
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(6.4, 4.8), layout="constrained")
+    figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
     names = list(dict.fromkeys(name for name, _, _ in rows_of(records)))
+    shown: set[str] = set()
     for name, _, row in rows_of(records):
         x, y = row["metrics"]["reward"], row["metrics"][utility]
         style = names.index(name)
@@ -36,12 +37,18 @@ def trade_off(records: Sequence[Mapping[str, Any]], path: Path, *, utility: str)
             y["mean"],
             xerr=_arms(x),
             yerr=_arms(y),
-            fmt=_MARKERS[style % len(_MARKERS)],
+            # after eight policies the colours begin anew with the next marker
+            fmt=_MARKERS[(style + style // len(_COLOURS)) % len(_MARKERS)],
             color=_COLOURS[style % len(_COLOURS)],
             capsize=2,
-            markersize=7,
+            markersize=9,
+            # hollow: policies at one place are all seen
+            markerfacecolor="none",
+            markeredgewidth=1.8,
+            elinewidth=1,
+            label=name if name not in shown else None,
         )
-        axes.annotate(name, (x["mean"], y["mean"]), xytext=(7, 6), textcoords="offset points", fontsize=9)
+        shown.add(name)
     requested = {_requested(record, utility) for record in records}
     for threshold in sorted(value for value in requested if value is not None):
         axes.axhline(threshold, color="0.6", linestyle="--", linewidth=1, zorder=0)
@@ -50,6 +57,8 @@ def trade_off(records: Sequence[Mapping[str, Any]], path: Path, *, utility: str)
             textcoords="offset points", ha="right", fontsize=8, color="0.4",
         )  # fmt: skip
     axes.margins(0.15)
+    # beside the axes: names at the points overlap as soon as two policies score alike
+    figure.legend(loc="outside right center", frameon=False, fontsize=9)
     first = records[0]
     axes.set_xlabel("reward (mean per response, larger is better)")
     axes.set_ylabel(f"{utility} (mean per response, larger is better)")

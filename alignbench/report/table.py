@@ -35,10 +35,10 @@ def cell(value: Mapping[str, Any] | None, digits: int = 2) -> str:
     """A value as `mean [low, high]`; only the mean where there is no interval."""
     if value is None or value["mean"] is None:
         return "-"
-    text = f"{value['mean']:.{digits}f}"
+    text = f"{value['mean']:z.{digits}f}"  # z: -0.00 is 0.00
     if value.get("low") is None or value.get("high") is None:
         return text
-    return f"{text} [{value['low']:.{digits}f}, {value['high']:.{digits}f}]"
+    return f"{text} [{value['low']:z.{digits}f}, {value['high']:z.{digits}f}]"
 
 
 def _verdict(constraint: Mapping[str, Any]) -> str:
@@ -69,7 +69,7 @@ def table_cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
                 line += ["-"] * 3
                 continue
             asked = constraint["requested_margin"]
-            line += [f"{cell(constraint['achieved_margin'])} ({asked:.2f})", cell(constraint["violation"])]
+            line += [f"{cell(constraint['achieved_margin'])} ({asked:z.2f})", cell(constraint["violation"])]
             line.append(_verdict(constraint))
         cells.append(line)
     return headings, cells

@@ -73,15 +73,27 @@ def _read(ctx: Context) -> None:
         "validation": spec.validation_share,
         "test": spec.test_share,
     }
-    by_split = split_by_prompt(rows, {k: v for k, v in shares.items() if v > 0}, spec.split_seed)
+    shares = {name: share for name, share in shares.items() if share > 0}
+    by_split = split_by_prompt(rows, shares, spec.split_seed)
     pairs = [row | {"split": split} for split, part in by_split.items() for row in part]
     write_jsonl(ctx.out / "pairs.jsonl", pairs)
     write_jsonl(ctx.out / "prompts.jsonl", _distinct_prompts(pairs))
-    write_json(ctx.out / "report.json", report.to_dict())
+    statistics = report.to_dict()
     if spec.demonstrations is not None:
         where: Source = ctx.runtime.locations["demonstrations"]
-        shown, _ = check_demonstrations(read_rows(where), where=where.path, mode=spec.validation)
-        write_jsonl(ctx.out / "demonstrations.jsonl", shown)
+        shown, found = check_demonstrations(read_rows(where), where=where.path, mode=spec.validation)
+        # split together with the pairs, whose part comes first: every split is then filled, whatever the demonstrations
+        together = split_by_prompt([*rows, *shown], shares, spec.split_seed)
+        kept = together["train"][len(by_split["train"]) :]
+        if not kept:
+            raise DataError(
+                f"all {len(shown)} demonstrations are on held-out prompts: none may be trained on",
+                where=where.path,
+                mend="give demonstrations on more prompts, lower the held-out shares, or change dataset.seed",
+            )
+        write_jsonl(ctx.out / "demonstrations.jsonl", kept)
+        statistics["demonstrations"] = found.to_dict() | {"held_out": len(shown) - len(kept)}
+    write_json(ctx.out / "report.json", statistics)
 
 
 def _distinct_prompts(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -95,7 +107,7 @@ def _distinct_prompts(pairs: list[dict[str, Any]]) -> list[dict[str, Any]]:
 READ = register(
     Stage(
         name="read",
-        version=1,
+        version=2,
         kind="data",
         spec=ReadSpec,
         run=_read,

@@ -85,6 +85,12 @@ def _evaluate(ctx: Context) -> None:
         load_file(ctx.inputs[name].path("responses.safetensors"))["response"]
         for name in ("logprobs", "reference_logprobs")
     )
+    if not len(own) == len(base) == len(policy.prompts):
+        raise InvariantError(
+            f"{len(policy.prompts)} responses, but {len(own)} log-probs of the policy and {len(base)} of the reference",
+            where="evaluate",
+            mend="take the log-probs of these responses",
+        )
     measure = _Measure(ctx.spec, policy, reference, derive_seed(ctx.seed, "bootstrap"))
     metrics = {
         "kl": measure.mean(own - base),

@@ -23,16 +23,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 
+from alignbench.data.schema import HARM_CATEGORIES
 from alignbench.errors import ConfigError
-
-_CATEGORIES = (
-    "Endangering National Security|Insulting Behavior|Discriminatory Behavior|Endangering Public Health|"
-    "Copyright Issues|Violence|Drugs|Privacy Violation|Economic Crime|Mental Manipulation|"
-    "Human Trafficking|Physical Harm|Sexual Content|Cybercrime|Disrupting Public Order|"
-    "Environmental Damage|Psychological Harm|White-Collar Crime|Animal Abuse"
-)
-HARM_CATEGORIES: tuple[str, ...] = tuple(_CATEGORIES.split("|"))
-"""The 19 harm categories of PKU-SafeRLHF, spelled as there."""
 
 SPLITS = ("train", "validation", "test")
 KINDS = ("benign", "risky")

@@ -1,0 +1,82 @@
+"""The result of a hyper-parameter search, from its records: `python -m alignbench.report.search FOLDER OUT.json`.
+
+Every reported policy becomes one row: the settings that differ between the records, and the problem's own objective on
+validation prompts, E r - beta KL, as a gain over the reference.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from alignbench.errors import AlignbenchError, DataError
+from alignbench.record import read_records
+from alignbench.store import atomic_write_json
+
+
+def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Rows of a search, best first within each method.
+
+    Raises:
+        DataError: no record, or one that was evaluated on test prompts (settings are chosen on validation only).
+    """
+    if not records:
+        raise DataError("no record to summarise", where="search", mend="run the search first")
+    on_test = [r["run_id"] for r in records if r["config"]["evaluate"]["split"] != "validation"]
+    if on_test:
+        raise DataError(
+            f"{len(on_test)} record(s) were evaluated on test prompts: {', '.join(on_test[:3])}",
+            where="search",
+            mend="search with evaluate.split=validation",
+        )
+    flat = [_flatten({key: r["config"][key] for key in ("method", "model", "dataset", "constraint")}) for r in records]
+    varied = sorted({k for row in flat for k in row if len({str(other.get(k)) for other in flat}) > 1})
+    rows = [_row(record, {k: row[k] for k in varied if k in row}) for record, row in zip(records, flat, strict=True)]
+    rows.sort(key=lambda row: (row["method"], -row["objective_gain"]))
+    return {
+        "what": "validation results of a hyper-parameter search; objective_gain = reward gain - beta * KL",
+        "commits": sorted({str(r["commit"]) for r in records}),
+        "rows": rows,
+    }
+
+
+def _row(record: Mapping[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    metrics = record["rows"][record["outcome"]["reported"]]["metrics"]
+    beta = record["config"]["constraint"]["beta"]
+    gains = {name: value["mean"] for name, value in metrics.items() if name.endswith("_gain")}
+    return {
+        "run_id": record["run_id"],
+        "method": record["method"],
+        "settings": settings,
+        **{name: round(value, 4) for name, value in gains.items()},
+        "kl": round(metrics["kl"]["mean"], 4),
+        "objective_gain": round(gains["reward_gain"] - beta * metrics["kl"]["mean"], 4),
+        "n": metrics["kl"]["n"],
+    }
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    return {k: v for key, child in value.items() for k, v in _flatten(child, f"{prefix}.{key}".lstrip(".")).items()}
+
+
+def main(arguments: list[str]) -> int:
+    """Entry point; returns the exit status."""
+    if len(arguments) != 2:
+        print(__doc__, file=sys.stderr)
+        return 2
+    folder, out = map(Path, arguments)
+    try:
+        atomic_write_json(out, summarise(read_records(folder)))
+    except AlignbenchError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    print(f"search: {out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,218 @@
+"""Sampling: the right distribution, and a response that depends on policy, prompt, seed and sample index alone."""
+
+import math
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from alignbench.config import SamplingConfig
+from alignbench.engine import generate as module
+from alignbench.engine.batching import Row
+from alignbench.engine.generate import Request, draw, generate
+
+MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "gpt_neox": tiny.gpt_neox}
+HIGHEST = 1 - 2**-53  # the largest uniform number that numpy's generator draws
+
+
+def prompts(count, samples=3, seed=0):
+    return [
+        Request(f"prompt-{i}", tuple(row.ids[:-1]), sample)
+        for i, row in enumerate(tiny.rows(count, seed, prompt=(1, 20), response=(2, 3)))
+        for sample in range(samples)
+    ]
+
+
+def sample(model, requests, *, batch=8, seed=7, most=12, temperature=1.0, top_p=1.0, pad_id=tiny.PAD, eos_id=tiny.EOS):
+    return generate(
+        model,
+        requests,
+        sampling=SamplingConfig(max_new_tokens=most, temperature=temperature, top_p=top_p),
+        eos_id=eos_id,
+        pad_id=pad_id,
+        seed=seed,
+        batch=batch,
+        device=tiny.CPU,
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batch_order_company_and_pad_id_change_no_response(name):
+    model, requests = MODELS[name](), prompts(7)
+    alone = sample(model, requests, batch=1)
+    for batch in (7, 64):
+        assert sample(model, requests, batch=batch) == alone
+    order = np.random.default_rng(1).permutation(len(requests))
+    assert sample(model, [requests[i] for i in order], batch=5) == [alone[i] for i in order]
+    assert sample(model, requests[::4], batch=64) == alone[::4]
+    assert sample(model, requests, batch=7, pad_id=tiny.EOS) == alone
+
+
+def test_seed_prompt_and_sample_index_each_change_the_response():
+    model = tiny.llama()
+    same_text = [Request(name, (5, 6, 7), k) for name in ("a", "b") for k in range(4)]
+    drawn = [tuple(ids) for seed in (1, 2) for ids in sample(model, same_text, seed=seed)]
+    assert len(set(drawn)) == len(drawn)
+
+
+def test_a_longer_limit_continues_the_same_response():
+    model, requests = tiny.llama(), prompts(6)
+    for short, long in zip(sample(model, requests, most=5), sample(model, requests, most=15), strict=True):
+        assert long[:5] == short
+
+
+def test_two_token_frequencies_agree_with_the_models_exact_probabilities():
+    """Chi-square over all (first, second) outcomes of a six-token model; EOS ends after the first."""
+    model, prompt, n = small_model(), (3, 2, 5), 6000
+    with torch.no_grad():
+        first = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double(), -1)
+        after = torch.tensor([[*prompt, t] for t in range(6)])
+        second = torch.softmax(model(after).logits[:, -1].double(), -1)
+    exact = {(t, u): float(first[t] * second[t, u]) for t in range(1, 6) for u in range(6)}
+    exact[(0,)] = float(first[0])
+    assert sum(exact.values()) == pytest.approx(1)
+    drawn = sample(model, [Request("p", prompt, k) for k in range(n)], most=2, batch=1000, eos_id=0)
+    counts = dict.fromkeys(exact, 0)
+    for ids in drawn:
+        counts[tuple(ids)] += 1
+    big = [key for key in exact if n * exact[key] >= 5]
+    rest = [key for key in exact if key not in big]
+    observed = [counts[key] for key in big] + [sum(counts[key] for key in rest)]
+    expected = [n * exact[key] for key in big] + [n * sum(exact[key] for key in rest)]
+    if expected[-1] < 1:  # too little mass for a cell of its own
+        observed[-2:], expected[-2:] = [sum(observed[-2:])], [sum(expected[-2:])]
+    assert len(expected) > 10
+    assert stats.chisquare(observed, np.array(expected) * n / sum(expected)).pvalue > 1e-3
+
+
+def small_model():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(2)
+    config = LlamaConfig(
+        vocab_size=6,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=16,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
+    return tiny.enlarge(LlamaForCausalLM(config), 6)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.8)])
+@pytest.mark.parametrize("name", MODELS)
+def test_sampling_probabilities_are_those_of_an_unpadded_forward_pass(name, temperature, top_p, monkeypatch):
+    """Left padding, cache and positions: log-probs used while sampling equal recomputed ones to 1e-4."""
+    model, requests, used = MODELS[name](), prompts(6, samples=1), []
+
+    def recording(logits, uniform, *args):
+        token = draw(logits, uniform, *args)
+        used.append(torch.log_softmax(logits.double(), -1).gather(1, token.unsqueeze(1)).squeeze(1))
+        return token
+
+    monkeypatch.setattr(module, "draw", recording)
+    responses = sample(model, requests, batch=len(requests), temperature=temperature, top_p=top_p)
+    order = np.argsort([len(r.ids) for r in requests], kind="stable")
+    assert len({len(r.ids) for r in requests}) > 3
+    sampled = np.zeros(len(requests))
+    for position, index in enumerate(order):
+        sampled[index] = sum(float(step[position]) for step in used[: len(responses[index])])
+    rows = [Row([*r.ids, *ids], len(r.ids)) for r, ids in zip(requests, responses, strict=True)]
+    np.testing.assert_allclose(tiny.logprobs(model, rows), sampled, atol=1e-4)
+
+
+def test_response_ends_at_eos_keeps_it_and_has_no_other():
+    model = tiny.llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[tiny.EOS] *= 3  # tied: makes EOS extreme, so that it often ends a response
+    responses = sample(model, prompts(20, samples=10), most=10)
+    ended = [ids for ids in responses if ids[-1] == tiny.EOS]
+    assert 10 < len(ended) < len(responses) - 10
+    assert len({len(ids) for ids in ended}) > 3
+    for ids in responses:
+        assert tiny.EOS not in ids[:-1]
+        assert len(ids) == 10 or ids[-1] == tiny.EOS
+        assert 1 <= len(ids) <= 10
+
+
+def test_the_policys_training_mode_and_global_generator_are_not_touched():
+    model = tiny.llama()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    sample(model, prompts(3))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert not model.training
+
+
+logits = st.lists(st.floats(-8, 8), min_size=2, max_size=12, unique=True)
+uniforms = st.floats(0, HIGHEST)
+
+
+def nucleus(values, temperature, top_p):
+    """Independently: the shortest prefix of the tokens by falling probability whose mass reaches top_p."""
+    highest = max(values)
+    weights = [math.exp((v - highest) / temperature) for v in values]
+    probabilities = [w / math.fsum(weights) for w in weights]
+    kept = {}
+    for token in sorted(range(len(values)), key=lambda t: -probabilities[t]):
+        assume(abs(math.fsum(kept.values()) - top_p) > 1e-9)
+        if math.fsum(kept.values()) >= top_p:
+            break
+        kept[token] = probabilities[token]
+    return {token: p / math.fsum(kept.values()) for token, p in kept.items()}
+
+
+@settings(deadline=None)
+@given(logits, st.floats(0.3, 3), st.floats(0.01, 1))
+def test_draw_keeps_exactly_the_nucleus_and_its_renormalised_probabilities(values, temperature, top_p):
+    expected, grid = nucleus(values, temperature, top_p), 400
+    uniform = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
+    drawn = draw(torch.tensor([values] * grid, dtype=torch.float64), uniform, temperature, top_p)
+    counts = torch.bincount(drawn, minlength=len(values)).tolist()
+    for token, count in enumerate(counts):
+        assert count / grid == pytest.approx(expected.get(token, 0.0), abs=1.01 / grid)
+        if token not in expected:
+            assert count == 0
+
+
+@settings(deadline=None)
+@given(logits, st.lists(uniforms, min_size=1, max_size=8), st.floats(0.3, 3))
+def test_draw_is_the_inverse_cumulative_distribution(values, uniform, temperature):
+    expected = nucleus(values, temperature, 1.0 - 1e-12)
+    drawn = draw(
+        torch.tensor([values] * len(uniform)).double(), torch.tensor(uniform, dtype=torch.float64), temperature, 1.0
+    )
+    for u, token in zip(uniform, drawn.tolist(), strict=True):
+        below = math.fsum(expected.get(t, 0.0) for t in range(token))
+        assert below - 1e-9 <= u <= below + expected.get(token, 0.0) + 1e-9
+
+
+@settings(deadline=None)
+@example([1.0, 0.0], HIGHEST)
+@given(logits, uniforms)
+def test_temperature_towards_zero_is_argmax(values, uniform):
+    ordered = sorted(values)
+    assume(ordered[-1] - ordered[-2] > 1e-3)
+    drawn = draw(torch.tensor([values]).double(), torch.tensor([uniform], dtype=torch.float64), 1e-6, 1.0)
+    assert int(drawn) == int(np.argmax(values))
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.one_of(st.floats(-30, 30), st.just(-math.inf)), min_size=2, max_size=300).filter(
+        lambda values: max(values) > -math.inf
+    ),
+    st.one_of(st.just(0.0), st.just(HIGHEST), uniforms),
+    st.sampled_from([1.0, 0.9, 0.1]),
+)
+def test_a_token_of_probability_zero_is_never_drawn(values, uniform, top_p):
+    drawn = int(draw(torch.tensor([values]), torch.tensor([uniform], dtype=torch.float64), 1.0, top_p))
+    assert values[drawn] > -math.inf
