@@ -212,6 +212,8 @@ _OUTSIDE_RUN_ID = ("hydra", "plan", "output_dir", "store_dir", "tracking", "tune
 _HARDWARE_IN_RUN_ID = ("dtype",)
 # What the embedded world scores and labels besides the reward.
 WORLD_UTILITIES = ("safety", "politeness")
+# Bytes, end and pad: a byte-level BPE has no smaller vocabulary.
+MIN_VOCABULARY = 258
 
 
 def scientific(config: DictConfig) -> dict[str, Any]:
@@ -481,6 +483,12 @@ def _check_built(model: ModelConfig, where: str) -> None:
             f"{shape.heads} heads and {shape.kv_heads} key-value heads do not divide a width of {shape.hidden_size}",
             where=f"{where}.architecture",
             mend="hidden_size is a multiple of heads, and heads a multiple of kv_heads",
+        )
+    if shape.vocab_size < MIN_VOCABULARY:
+        raise ConfigError(
+            f"a vocabulary of {shape.vocab_size} cannot hold the byte alphabet and two special tokens",
+            where=f"{where}.architecture.vocab_size",
+            mend=f"at least {MIN_VOCABULARY}",
         )
     if model.max_length > shape.max_positions:
         raise ConfigError(

@@ -9,15 +9,17 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 from alignbench import stages
-from alignbench.config import Config, LoraConfig, SamplingConfig, SourceConfig, TrainConfig
+from alignbench.config import ArchitectureConfig, Config, LoraConfig, SamplingConfig, SourceConfig, TrainConfig
 from alignbench.data.readers import Source
 from alignbench.data.readers import fingerprint as data_fingerprint
 from alignbench.data.schema import Mode
 from alignbench.errors import ConfigError
 from alignbench.models.policy import fingerprint as model_fingerprint
+from alignbench.models.policy import shape_of
 from alignbench.problem import Problem
 from alignbench.stages.data import LabelSpec, ReadSpec
 from alignbench.stages.evaluate import EvaluateSpec
@@ -118,9 +120,10 @@ class Lab:
         if model.path is None:
             spec, inputs = BaseSpec(model.architecture, None), {"data": data}
         else:
-            spec, inputs = BaseSpec(None, model_fingerprint(model.path, model.revision)), {}
-        shape = {"parameters": parameter_count(model.architecture)}
-        base = self._run(stages.BASE, spec, inputs, "base", hints=shape)
+            spec, inputs = BaseSpec(None, self._model_fingerprint), {}
+        shape = {"parameters": parameter_count(self._shape)}
+        # a model that is brought in is the same under every seed
+        base = self._run(stages.BASE, spec, inputs, "base", seed=None if model.path is None else 0, hints=shape)
         if model.sft is None:
             return base
         return self._run(
@@ -153,8 +156,8 @@ class Lab:
         files = data.files
         assert files is not None  # one of the two, by validation
         read = ReadSpec(
-            pairs=data_fingerprint(_source(files.pairs)),
-            demonstrations=None if files.demonstrations is None else data_fingerprint(_source(files.demonstrations)),
+            pairs=self._data_fingerprints[0],
+            demonstrations=self._data_fingerprints[1],
             objectives=("reward", *self.config.constraint.utilities),
             validation=cast(Mode, files.validation),
             validation_share=files.validation_share,
@@ -295,11 +298,32 @@ class Lab:
         model = self.config.model
         return TokenSpec(model.template, model.max_length, model.max_prompt_length)
 
+    # content is hashed once per run: a 7B model takes seconds
+
+    @cached_property
+    def _model_fingerprint(self) -> str:
+        model = self.config.model
+        assert model.path is not None
+        return model_fingerprint(model.path, model.revision)
+
+    @cached_property
+    def _data_fingerprints(self) -> tuple[str, str | None]:
+        """Of the pairs, and of the demonstrations where there are any."""
+        files = self.config.dataset.files
+        assert files is not None
+        shown = files.demonstrations
+        return data_fingerprint(_source(files.pairs)), None if shown is None else data_fingerprint(_source(shown))
+
+    @property
+    def _shape(self) -> ArchitectureConfig:
+        model = self.config.model
+        return model.architecture if model.path is None else shape_of(model.path, model.architecture)
+
     @property
     def _trainable(self) -> dict[str, float]:
         """Trained weights of a LoRA stage, for the plan; empty where all weights train."""
         lora = self.config.model.lora
-        return {"trainable": lora_parameter_count(self.config.model.architecture, lora)} if lora.rank else {}
+        return {"trainable": lora_parameter_count(self._shape, lora)} if lora.rank else {}
 
     @property
     def runtime(self) -> Runtime:

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from alignbench import record as records
 from alignbench.cli import SWEEP_ENV
 from alignbench.config import Config, problem_of, resolve, run_id, scientific, validate
+from alignbench.engine.runtime import device_of
 from alignbench.errors import ConfigError
 from alignbench.lab import Lab, Node
 from alignbench.methods import Outcome, find_method
@@ -35,7 +36,7 @@ def execute(composed: DictConfig) -> float:
     """
     config, settings = resolve(composed)
     validate(config, settings)
-    tuned_by = _tuning(config.tuned_by)
+    tuned_by = _tuning(config.tuned_by, composed)
     console = Console(width=None if Console().is_terminal else 200)
     identity = run_id(composed)
     store = Store(Path(config.store_dir), on_message=lambda message: log.warning("store: %s", message))
@@ -54,6 +55,8 @@ def execute(composed: DictConfig) -> float:
         check_fits(planner)
         return 0.0
     check_fits(planner)
+    if config.hardware.device == "cuda":
+        device_of(config.hardware)  # a GPU that is not there is noticed before anything runs
     with tracker:
         lab = Lab(config, store, tracker)
         outcome, evaluations = _recipe(lab, config, settings)
@@ -83,14 +86,21 @@ def _recipe(lab: Lab, config: Config, settings: Any) -> tuple[Outcome, dict[str,
     return outcome, {name: lab.evaluate(node, problem, label=name) for name, node in policies.items()}
 
 
-def _tuning(path: str | None) -> dict[str, Any] | None:
-    """The search behind the settings, to be kept in the record."""
+def _tuning(path: str | None, composed: DictConfig) -> dict[str, Any] | None:
+    """The search behind the settings, to be kept in the record, and whether this run follows its choice."""
     if path is None:
         return None
-    file = Path(__file__).resolve().parents[1] / path
-    if not file.exists():
-        raise ConfigError(f"tuned_by names {path}, which is not there", where="tuned_by", mend="tuned_by=null")
-    return {"file": path, **json.loads(file.read_text())}
+    try:
+        search = json.loads((Path(__file__).resolve().parents[1] / path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"tuned_by names {path}, which cannot be read ({type(error).__name__})",
+            where="tuned_by",
+            mend="tuned_by=null, or the path of a search result in the repository",
+        ) from None
+    chosen = search.get("chosen", {}).get(composed.method.name, {})
+    followed = all(OmegaConf.select(composed, key) == value for key, value in chosen.items())
+    return {"file": path, "followed": followed, **search}
 
 
 def _sweep_name() -> str | None:

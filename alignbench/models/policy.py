@@ -8,6 +8,7 @@ reference is then the whole previous policy, never the bare base.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -257,6 +258,31 @@ def stored_dtype(folder: Path) -> torch.dtype:
 def is_hub_id(path: str) -> bool:
     """Whether `path` names a hub repository ("owner/name") and not a folder here."""
     return not Path(path).exists() and len(path.split("/")) == 2 and not path.startswith((".", "/", "~"))
+
+
+def shape_of(path: str, otherwise: ArchitectureConfig) -> ArchitectureConfig:
+    """The shape a local model's config.json states, for plans; `otherwise` for hub ids and unknown families."""
+    file = Path(path) / "config.json"
+    if not file.exists():
+        return otherwise
+    found = json.loads(file.read_text())
+
+    def of(*names: str, default: int = 0) -> int:
+        return int(next((found[name] for name in names if found.get(name) is not None), default))
+
+    hidden, heads = of("hidden_size", "n_embd"), of("num_attention_heads", "n_head")
+    if not hidden or not heads:
+        return otherwise
+    return ArchitectureConfig(
+        vocab_size=of("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=of("intermediate_size", "n_inner", default=4 * hidden),
+        layers=of("num_hidden_layers", "n_layer"),
+        heads=heads,
+        kv_heads=of("num_key_value_heads", default=heads),
+        max_positions=of("max_position_embeddings", "n_positions"),
+        tied_embeddings=bool(found.get("tie_word_embeddings", True)),
+    )
 
 
 def fingerprint(path: str, revision: str | None) -> str:

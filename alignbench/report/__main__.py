@@ -19,7 +19,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m alignbench.report", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder with run folders, for instance outputs")
-    parser.add_argument("--out", type=Path, default=None, help="base name of the .md, .png and .pdf (default: in FOLDER)")
+    parser.add_argument(
+        "--out", type=Path, default=None, help="base name of the .md, .png and .pdf (default: in FOLDER)"
+    )
     options = parser.parse_args(arguments)
     try:
         _report(options.folder, options.out or options.folder / "report")
@@ -50,7 +52,9 @@ def _by_problem(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     for record in records:
         config = record["config"]
         constraint = config["constraint"]
-        thresholds = ",".join(f"{u}{t:+g}" for u, t in zip(constraint["utilities"], constraint["thresholds"], strict=True))
+        thresholds = ",".join(
+            f"{u}{t:+g}" for u, t in zip(constraint["utilities"], constraint["thresholds"], strict=True)
+        )
         name = f"{config['dataset']['name']}-{config['evaluate']['split']}-{constraint['form']}-{thresholds}"
         groups.setdefault(name, []).append(record)
     return groups
