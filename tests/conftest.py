@@ -51,6 +51,21 @@ def hardware():
 
 
 @pytest.fixture
+def split_parameters(monkeypatch):
+    """ZeRO-3 keeps parameters below 100k elements whole; here it splits them too, as it does in a real model."""
+    from alignbench.engine import train
+
+    configure = train.deepspeed_config
+
+    def splitting(*args, **kwargs):
+        config = configure(*args, **kwargs)
+        config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+        return config
+
+    monkeypatch.setattr(train, "deepspeed_config", splitting)
+
+
+@pytest.fixture
 def store(tmp_path):
     """An empty artifact store."""
     from alignbench.store import Store

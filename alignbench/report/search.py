@@ -7,17 +7,27 @@ validation prompts, E r - beta KL, as a gain over the reference.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import hydra
+from omegaconf import OmegaConf
+
+from alignbench.cli import CONF, register
 from alignbench.errors import AlignbenchError, DataError
 from alignbench.record import read_records
 from alignbench.store import atomic_write_json
 
 
-def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Rows of a search, best first within each method.
+def summarise(
+    records: Sequence[Mapping[str, Any]], chosen: Callable[[str, list[str]], dict[str, Any]]
+) -> dict[str, Any]:
+    """Rows of a search, best first within each method, and what was chosen of it.
+
+    Args:
+        records: Every point of the search.
+        chosen: (method, keys that the search varied) -> the values that were settled on.
 
     Raises:
         DataError: no record, or one that was evaluated on test prompts (settings are chosen on validation only).
@@ -32,13 +42,37 @@ def summarise(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             mend="search with evaluate.split=validation",
         )
     flat = [_flatten({key: r["config"][key] for key in ("method", "model", "dataset", "constraint")}) for r in records]
-    varied = sorted({k for row in flat for k in row if len({str(other.get(k)) for other in flat}) > 1})
-    rows = [_row(record, {k: row[k] for k in varied if k in row}) for record, row in zip(records, flat, strict=True)]
+    varied = {
+        method: _differing([row for row in flat if row["method.name"] == method])
+        for method in sorted({str(row["method.name"]) for row in flat})
+    }
+    rows = [
+        _row(record, {key: row[key] for key in varied[row["method.name"]]})
+        for record, row in zip(records, flat, strict=True)
+    ]
     rows.sort(key=lambda row: (row["method"], -row["objective_gain"]))
     return {
         "what": "validation results of a hyper-parameter search; objective_gain = reward gain - beta * KL",
         "commits": sorted({str(r["commit"]) for r in records}),
+        "chosen": {method: chosen(method, keys) for method, keys in varied.items()},
         "rows": rows,
+    }
+
+
+def _differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    return sorted(key for key in rows[0] if len({str(row.get(key)) for row in rows}) > 1)
+
+
+def defaults_of(method: str, keys: list[str]) -> dict[str, Any]:
+    """The values of `keys` in conf/ for a method: what was settled on."""
+    register()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        composed = hydra.compose("config", overrides=[f"method={method}"])
+    found = {key: OmegaConf.select(composed, key) for key in keys}
+    return {
+        key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+        for key, value in found.items()
+        if value is not None
     }
 
 
@@ -70,7 +104,7 @@ def main(arguments: list[str]) -> int:
         return 2
     folder, out = map(Path, arguments)
     try:
-        atomic_write_json(out, summarise(read_records(folder)))
+        atomic_write_json(out, summarise(read_records(folder), defaults_of))
     except AlignbenchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2

@@ -11,6 +11,8 @@ from alignbench.engine.train import _Loop, trained_state
 from alignbench.errors import ModelError
 from alignbench.models import policy as policies
 
+pytestmark = pytest.mark.usefixtures("split_parameters")
+
 CASES = [
     pytest.param("llama", None, 0, id="llama-full-zero0"),
     pytest.param("llama", None, 3, id="llama-full-zero3"),

@@ -27,6 +27,13 @@ def prompts(count, samples=3, seed=0):
     ]
 
 
+def frequent_eos(model):
+    """An extreme EOS logit, now high, now low: many responses end, each at another length."""
+    with torch.no_grad():
+        model.get_output_embeddings().weight[tiny.EOS] *= 3
+    return model
+
+
 def sample(model, requests, *, batch=8, seed=7, most=12, temperature=1.0, top_p=1.0, pad_id=tiny.PAD, eos_id=tiny.EOS):
     return generate(
         model,
@@ -40,10 +47,13 @@ def sample(model, requests, *, batch=8, seed=7, most=12, temperature=1.0, top_p=
     )
 
 
+@pytest.mark.parametrize("ending", [False, True], ids=["long", "ending"])
 @pytest.mark.parametrize("name", MODELS)
-def test_batch_order_company_and_pad_id_change_no_response(name):
+def test_batch_order_company_and_pad_id_change_no_response(name, ending):
     model, requests = MODELS[name](), prompts(7)
+    model = frequent_eos(model) if ending else model
     alone = sample(model, requests, batch=1)
+    assert len({len(ids) for ids in alone}) > (4 if ending else 0)
     for batch in (7, 64):
         assert sample(model, requests, batch=batch) == alone
     order = np.random.default_rng(1).permutation(len(requests))
@@ -108,32 +118,31 @@ def small_model():
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.6, 0.8)])
+@pytest.mark.parametrize("ending", [False, True], ids=["long", "ending"])
 @pytest.mark.parametrize("name", MODELS)
-def test_sampling_probabilities_are_those_of_an_unpadded_forward_pass(name, temperature, top_p, monkeypatch):
+def test_sampling_probabilities_are_those_of_an_unpadded_forward_pass(name, ending, temperature, top_p, monkeypatch):
     """Left padding, cache and positions: log-probs used while sampling equal recomputed ones to 1e-4."""
-    model, requests, used = MODELS[name](), prompts(6, samples=1), []
+    model, requests, used = MODELS[name](), prompts(9, samples=1), {}
+    model = frequent_eos(model) if ending else model
 
     def recording(logits, uniform, *args):
         token = draw(logits, uniform, *args)
-        used.append(torch.log_softmax(logits.double(), -1).gather(1, token.unsqueeze(1)).squeeze(1))
+        logprobs = torch.log_softmax(logits.double(), -1).gather(1, token.unsqueeze(1)).squeeze(1)
+        used.update(zip(uniform.tolist(), logprobs.tolist(), strict=True))
         return token
 
     monkeypatch.setattr(module, "draw", recording)
     responses = sample(model, requests, batch=len(requests), temperature=temperature, top_p=top_p)
-    order = np.argsort([len(r.ids) for r in requests], kind="stable")
     assert len({len(r.ids) for r in requests}) > 3
-    sampled = np.zeros(len(requests))
-    for position, index in enumerate(order):
-        sampled[index] = sum(float(step[position]) for step in used[: len(responses[index])])
+    # every (request, position) has a uniform number of its own, which says whose log-prob was recorded
+    numbers = [module._uniforms(7, r.prompt_id, r.sample, 12) for r in requests]
+    sampled = [sum(used[u] for u in own[: len(ids)]) for own, ids in zip(numbers, responses, strict=True)]
     rows = [Row([*r.ids, *ids], len(r.ids)) for r, ids in zip(requests, responses, strict=True)]
     np.testing.assert_allclose(tiny.logprobs(model, rows), sampled, atol=1e-4)
 
 
 def test_response_ends_at_eos_keeps_it_and_has_no_other():
-    model = tiny.llama()
-    with torch.no_grad():
-        model.model.embed_tokens.weight[tiny.EOS] *= 3  # tied: makes EOS extreme, so that it often ends a response
-    responses = sample(model, prompts(20, samples=10), most=10)
+    responses = sample(frequent_eos(tiny.llama()), prompts(20, samples=10), most=10)
     ended = [ids for ids in responses if ids[-1] == tiny.EOS]
     assert 10 < len(ended) < len(responses) - 10
     assert len({len(ids) for ids in ended}) > 3

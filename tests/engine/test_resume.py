@@ -18,6 +18,8 @@ from alignbench.engine.runtime import DTYPES
 from alignbench.errors import StoreError
 from alignbench.store import read_json
 
+pytestmark = pytest.mark.usefixtures("split_parameters")
+
 STEPS, EVERY, STOP = 8, 3, 5
 DROPOUT = replace(tiny.LORA, dropout=0.3)
 REPOSITORY = Path(__file__).parents[2]
@@ -139,8 +141,9 @@ def test_a_checkpoint_of_the_right_size_that_cannot_be_read_is_named(policy_fold
     assert str(tmp_path / "checkpoints") in str(caught.value)
 
 
-def test_a_refused_checkpoint_that_is_half_overwritten_is_not_used_later(policy_folder, tmp_path, monkeypatch):
-    """ZeRO 0 stops, ZeRO 2 is killed while it writes the same step, ZeRO 0 comes back."""
+@pytest.mark.parametrize("other", [{"stage": 2}, {"micro_batch": 8}], ids=["zero-stage", "micro-batch"])
+def test_a_refused_checkpoint_that_is_half_overwritten_is_not_used_later(policy_folder, tmp_path, other, monkeypatch):
+    """A run stops, another layout's is killed while it writes the same step, the first one comes back."""
     from alignbench.engine import checkpoint
 
     def killed(path, value):
@@ -151,7 +154,7 @@ def test_a_refused_checkpoint_that_is_half_overwritten_is_not_used_later(policy_
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "atomic_write_json", killed)
         with pytest.raises(InterruptionError):
-            tiny.run(make(policy_folder, tmp_path / "parts", stage=2))
+            tiny.run(make(policy_folder, tmp_path / "parts", **other))
     result, state = tiny.run(make(policy_folder, tmp_path / "parts"))
     assert result.resumed_at == 0
     assert result.log == whole.log

@@ -10,6 +10,8 @@ from alignbench.engine.batching import Row
 from alignbench.errors import InvariantError
 from alignbench.models import policy as policies
 
+pytestmark = pytest.mark.usefixtures("split_parameters")
+
 EXPECTED = {"dpo": math.log(2), "ipo": 1 / (4 * 0.5**2)}
 MODES = [
     pytest.param(lora, stage, id=f"{'lora' if lora else 'full'}-zero{stage}")

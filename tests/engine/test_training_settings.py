@@ -11,6 +11,8 @@ import tiny
 from alignbench.config import TrainConfig
 from alignbench.engine.train import STEP0_TOLERANCE
 
+pytestmark = pytest.mark.usefixtures("split_parameters")
+
 # Adam without memory moves every weight by the learning rate, which so becomes visible.
 SIGN = {"adam_beta1": 0.0, "adam_beta2": 0.0, "adam_eps": 1e-15}
 # With a huge epsilon and learning rate its step is the (clipped) gradient itself.

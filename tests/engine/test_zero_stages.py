@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import tiny
 
+pytestmark = pytest.mark.usefixtures("split_parameters")
+
 TOLERANCE = 1e-4
 
 

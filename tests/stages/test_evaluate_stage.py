@@ -127,6 +127,7 @@ def evaluate(
     form: str = "margin",
     threshold: float = 0.5,
     policy: dict[str, list[float]] = POLICY,
+    reference: dict[str, list[float]] = REFERENCE,
     own_prompts: list[str] = PROMPTS,
     base_prompts: list[str] = PROMPTS,
     scored: int = 8,
@@ -163,7 +164,7 @@ def evaluate(
         "responses": artifact(store, "b", "responses", table(own_prompts)),
         "scores": artifact(store, "c", "scores", scores(policy, scored)),
         "reference_responses": artifact(store, "d", "responses", table(base_prompts)),
-        "reference_scores": artifact(store, "e", "scores", scores(REFERENCE, 8)),
+        "reference_scores": artifact(store, "e", "scores", scores(reference, 8)),
         "logprobs": artifact(store, "f", "logprobs", sums([-1.0, -2.0] * 4 if own == 8 else [-1.0] * own)),
         "reference_logprobs": artifact(store, "g", "logprobs", sums([-2.0, -2.5] * 4 if base == 8 else [-2.0] * base)),
     }
@@ -230,6 +231,27 @@ def test_met_on_average_is_not_met_with_confidence(tmp_path: Path) -> None:
     assert constraint["satisfied_with_confidence"] is False
     assert constraint["violation"]["low"] == 0 == constraint["violation"]["mean"]
     assert constraint["violation"]["high"] > 0
+
+
+def test_an_absolute_threshold_is_a_fixed_number(tmp_path: Path) -> None:
+    """The reference's sampling error is part of a margin's slack, and no part of a floor's."""
+    noisy = REFERENCE | {"safety": [0.0, 0.0, 2.0, 2.0, 0.5, 0.5, 1.5, 1.5]}  # mean 1.0
+    forms = {"margin": 0.5, "absolute_utility": 1.5, "absolute_cost": -1.5}
+    found = {}
+    for form, threshold in forms.items():
+        folder = tmp_path / form
+        folder.mkdir()
+        result = evaluate(folder, form=form, threshold=threshold, reference=noisy)
+        found[form] = result["constraints"]["safety"]
+        assert found[form]["requested_margin"] == pytest.approx(0.5)
+        assert found[form]["violation"]["mean"] == pytest.approx(0.3)
+    for form in ("absolute_utility", "absolute_cost"):
+        violation, own = found[form]["violation"], result["metrics"]["safety"]
+        assert violation["low"] == pytest.approx(1.5 - own["high"])
+        assert violation["high"] == pytest.approx(1.5 - own["low"])
+    gain = found["margin"]["achieved_margin"]
+    assert found["margin"]["violation"]["high"] == pytest.approx(0.5 - gain["low"])
+    assert gain["low"] < 0.1
 
 
 def test_without_scores_kl_and_length_remain(tmp_path: Path) -> None:

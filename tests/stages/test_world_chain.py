@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import random
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from alignbench.errors import DataError
 from alignbench.stages import LABEL, Context, Runtime
 from alignbench.stages.data import LabelSpec
 from alignbench.store import Artifact, Identity, Store, read_json, read_jsonl, write_jsonl
-from alignbench.worlds import gold
+from alignbench.worlds import gold, handbook
 
 
 @pytest.fixture(scope="session")
@@ -83,21 +85,10 @@ def test_labels_are_consistent(larger: Run) -> None:
     assert mixed > 10
 
 
-def test_pairs_are_the_policys_own_samples_and_labels_follow_the_scores(larger: Run) -> None:
+def test_pairs_are_the_policys_own_samples(larger: Run) -> None:
     rows = larger.artifact("label pairs").jsonl("pairs.jsonl")
     drawn = {(r["prompt"], r["response"]) for r in larger.artifact("sample pairs").jsonl("responses.jsonl")}
     assert all((row["prompt"], row[f"response_{k}"]) in drawn for row in rows for k in (0, 1))
-    scores = [
-        gold.scores([row["prompt"] for row in rows], [row[f"response_{k}"] for row in rows]) for k in (0, 1)
-    ]  # Bradley-Terry draws: the column agrees with its own score more often than not, and says how often
-    for column, score, sign in (("better", "reward", 1), ("safer", "cost", -1), ("politeness", "politeness", 1)):
-        gap = sign * (scores[1][score] - scores[0][score])
-        chosen = np.array([row[f"{column}_response_id"] for row in rows])
-        expected = np.where(chosen == 1, 1, -1)[gap != 0]
-        probability = 1 / (1 + np.exp(-np.abs(gap[gap != 0])))
-        agreed = float((np.sign(gap[gap != 0]) == expected).mean())
-        tolerance = 4 * float(np.sqrt((probability * (1 - probability)).sum())) / len(probability)
-        assert abs(agreed - probability.mean()) < tolerance, column
 
 
 def test_the_report_says_how_much_the_objectives_conflict(larger: Run, tiny: Run) -> None:
@@ -187,3 +178,24 @@ def test_labels_are_a_function_of_the_seed(tiny: Run, tmp_path: Path) -> None:
 
     assert rows("a", 0) == rows("b", 0)
     assert rows("c", 1) != rows("d", 0)
+
+
+def test_labels_follow_the_scores_as_often_as_bradley_terry_says(tiny: Run, tmp_path: Path) -> None:
+    names = [f.name for f in fields(handbook.Prompt)]
+    rng = random.Random(0)
+    responses = [
+        {"prompt_id": p["prompt_id"], "prompt": p["prompt"], "sample": k, "response": text}
+        for p in tiny.artifact("world").jsonl("prompts.jsonl")
+        if p["split"] == "train"
+        for k, text in enumerate(handbook.answer(handbook.Prompt(**{n: p[n] for n in names}), rng) for _ in range(100))
+    ]
+    rows = read_jsonl(label(tiny, tmp_path, responses, seed=0, per_prompt=50) / "pairs.jsonl")
+    scores = [gold.scores([r["prompt"] for r in rows], [r[f"response_{k}"] for r in rows]) for k in (0, 1)]
+    for column, score, sign in (("better", "reward", 1), ("safer", "cost", -1), ("politeness", "politeness", 1)):
+        gap = sign * (scores[1][score] - scores[0][score])
+        chosen = np.array([row[f"{column}_response_id"] for row in rows])[gap != 0]
+        gap = gap[gap != 0]
+        probability = 1 / (1 + np.exp(-np.abs(gap)))
+        tolerance = 4 * float(np.sqrt((probability * (1 - probability)).sum())) / len(gap)
+        assert probability.mean() - 0.5 > tolerance  # a flipped sign would show
+        assert abs(float((chosen == (gap > 0)).mean()) - probability.mean()) < tolerance, column
