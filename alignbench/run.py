@@ -100,7 +100,7 @@ def _tuning(path: str | None, composed: DictConfig) -> dict[str, Any] | None:
         ) from None
     chosen = search.get("chosen", {}).get(composed.method.name, {})
     followed = all(OmegaConf.select(composed, key) == value for key, value in chosen.items())
-    return {"file": path, "followed": followed, **search}
+    return {"file": records.portable(path), "followed": followed, **search}
 
 
 def _sweep_name() -> str | None:

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The search behind the embedded settings, on validation prompts: learning rate and epochs of the reward step, then
 # learning rate and beta/lambda of the safety step. About 10 minutes on 2 cores; writes sweeps/handbook_search.json.
-# The reward step's choice is the best objective gain E r - beta KL; the safety step's is the least forceful setting
-# whose point estimate meets the default threshold.
+# The reward step's choice is the best objective gain E r - beta KL of one pass (two would not fit four minutes); the
+# safety step's is the least forceful setting whose point estimate meets the default threshold.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}

@@ -7,7 +7,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
+
+# No deadline: these machines are shared, and a test must not fail because another process was busy. Derandomised:
+# the same examples everywhere, so that a failure is a failure for everybody.
+hypothesis.settings.register_profile("alignbench", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("alignbench")
 
 
 @pytest.fixture(scope="session")

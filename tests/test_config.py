@@ -451,7 +451,8 @@ def attempt(folder: Path, *overrides: str) -> AlignbenchError:
 def test_a_missing_search_file_is_refused_before_anything_runs(tmp_path: Path) -> None:
     error = attempt(tmp_path, "debug=tiny", "tuned_by=sweeps/no_such_search.json")
     assert "no_such_search.json" in error.what
-    assert (error.where, error.mend) == ("tuned_by", "tuned_by=null")
+    assert error.where == "tuned_by"
+    assert error.mend.startswith("tuned_by=null")
 
 
 def test_a_hub_model_without_a_revision_is_refused_before_anything_runs(tmp_path: Path) -> None:

@@ -233,7 +233,8 @@ def test_the_label_column_alone_tells_the_objectives_apart(model: Path, tmp_path
     base = on_files(tmp_path, model, rows=rows)
 
     def weights(method: str, utility: str, label: str) -> bytes:
-        overrides = (f"method={method}", f"constraint.utilities=[{utility}]")
+        step = ("method.step.train.learning_rate=1e-3", "method.step.train.epochs=1", "method.step.train.batch_size=8")
+        overrides = (f"method={method}", f"constraint.utilities=[{utility}]", *step)
         return run(tmp_path / "store", tmp_path / f"{method} {utility}", *overrides, base=base).weights(label)
 
     helpful = weights("dpo_helpful", "safety", "prefer reward")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,8 @@ def test_what_is_in_it(tiny: Run) -> None:
     assert record["schema"] == SCHEMA
     assert record["status"] == "finished"
     assert record["alignbench"] == __version__
-    assert record["commit"] == git_commit() or record["commit"] is None
+    assert record["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(\+changes)?", record["commit"])
+    assert (record["commit"] is None) == (git_commit() is None)
     assert {"python", "torch", "transformers", "deepspeed", "alignbench"} <= set(record["versions"])
     assert all(record["versions"].values())
     config = record["config"]
@@ -116,8 +118,10 @@ def test_generations_show_every_policy_on_the_same_prompts(tiny: Run) -> None:
     assert {row["prompt"]: row["sacpo"] for row in rows}[first["prompt"]] == first["response"]
 
 
-def test_a_named_search_goes_into_the_record(tiny: Run, tmp_path: Path) -> None:
-    done = run(tiny.store, tmp_path / "out", "tuned_by=sweeps/handbook_search.json")
-    searched = json.loads((TOP / "sweeps" / "handbook_search.json").read_text())
-    assert done.record["tuned_by"] == {"file": "sweeps/handbook_search.json", **searched}
+@pytest.mark.parametrize(("beta", "followed"), [(0.5, True), (0.1, False)])
+def test_a_named_search_goes_into_the_record(tiny: Run, tmp_path: Path, beta: float, followed: bool) -> None:
+    search = {"what": "a search", "chosen": {"sacpo": {"constraint.beta": beta}}, "rows": [{"kl": 1.0}]}
+    (tmp_path / "search.json").write_text(json.dumps(search))
+    done = run(tiny.store, tmp_path / "out", f"tuned_by={tmp_path / 'search.json'}")
+    assert done.record["tuned_by"] == {"file": "search.json", "followed": followed, **search}
     assert done.record["run_id"] == tiny.record["run_id"]

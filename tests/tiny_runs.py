@@ -181,9 +181,13 @@ def only_record(out: Path) -> dict[str, Any]:
 
 
 def science(record: dict[str, Any]) -> dict[str, Any]:
-    """A record without what may differ between two runs of one configuration: times, memory, who built what."""
+    """A record without what may differ between two runs of one configuration: times, memory, who built what.
+
+    The commit as well: somebody may commit while the tests run.
+    """
     kept = json.loads(json.dumps(record))
     kept.pop("created")
+    kept.pop("commit")
     for name in ("stages_built_now", "seconds_now", "peak"):
         kept["cost"].pop(name, None)
     kept["cost"]["total"].pop("seconds")

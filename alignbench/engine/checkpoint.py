@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -63,6 +64,9 @@ class Checkpoints:
             if isinstance(error, OSError) or not (full or any(text in str(error).lower() for text in _WRITE_FAULTS)):
                 raise
             raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(self._folder)) from error
+        for path in (self._folder / tag).glob("*"):  # on the disk before the marker says so
+            with path.open("rb") as stream:
+                os.fsync(stream.fileno())
         marker = {"tag": tag, "step": step, "layout": asdict(self._layout), "files": self._sizes(tag)}
         atomic_write_json(self._folder / _MARKER, marker)
         for old in self._folder.glob("step-*"):
@@ -112,7 +116,3 @@ class Checkpoints:
         if marker.exists() and read_json(marker)["tag"] == tag:
             marker.unlink()
         shutil.rmtree(self._folder / tag, ignore_errors=True)
-
-    def clear(self) -> None:
-        """Forget every checkpoint: the stage is done."""
-        shutil.rmtree(self._folder, ignore_errors=True)

@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from alignbench.config import HardwareConfig
 from alignbench.errors import ConfigError
 
 log = logging.getLogger(__name__)
+# Before anything imports DeepSpeed (transformers does): it would announce its own guess on standard output.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -59,8 +62,8 @@ def import_deepspeed() -> Any:
     """Import DeepSpeed with its banner and per-call logging turned down to warnings."""
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
         os.environ.setdefault(name, "1" if name == "WORLD_SIZE" else "0")
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
-    # triton's absence is DeepSpeed's business on a CPU, not the user's
+    # ZeRO-3 calls torch's old collective once per micro-batch (DeepSpeed 0.19 with torch 2.13; harmless)
+    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 

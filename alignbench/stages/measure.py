@@ -20,7 +20,14 @@ from alignbench.models import policy as policies
 from alignbench.models.scorers import find_scorer
 from alignbench.stages.data import WORLD_RESPONSE_TOKENS
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, inference_memory, register
-from alignbench.stages.tokens import TokenSpec, encode_pairs, encode_responses, prompt_ids
+from alignbench.stages.tokens import (
+    TokenSpec,
+    encode_pairs,
+    encode_responses,
+    mismatch,
+    mismatched_rows,
+    prompt_ids,
+)
 from alignbench.store import write_json, write_jsonl
 
 
@@ -167,33 +174,6 @@ class LogProbsSpec:
     mismatched: bool = False
 
 
-def mismatch(rows: list[dict[str, Any]], index: np.ndarray, seed: int) -> np.ndarray:
-    """For each pair the position of another pair, with another prompt wherever there is one.
-
-    A seeded shuffle in which pairs of one prompt lie together, shifted by the largest such group: the partner
-    has another prompt unless one prompt holds more than half of all pairs.
-    """
-    rng = np.random.default_rng(seed)
-    prompts = [rows[i]["prompt"] for i in index]
-    ranks = dict(zip(dict.fromkeys(prompts), rng.permutation(len(set(prompts))), strict=True))
-    order = np.argsort([ranks[p] for p in prompts], kind="stable")
-    largest = max(np.bincount([ranks[p] for p in prompts]))
-    partner = np.empty(len(index), dtype=np.int64)
-    partner[order] = np.roll(order, -int(largest))
-    return partner
-
-
-def mismatched_rows(rows: list[Row], partner: np.ndarray) -> list[Row]:
-    """Each row's prompt with its partner's response, cut to the longer of the two rows' lengths."""
-    result = []
-    for row, other in zip(rows, partner, strict=True):
-        response = rows[other].ids[rows[other].prompt_length :]
-        ids = [*row.ids[: row.prompt_length], *response]
-        limit = max(len(row.ids), len(rows[other].ids), row.prompt_length + 1)
-        result.append(Row(ids[:limit], row.prompt_length))
-    return result
-
-
 def _logprobs(ctx: Context) -> None:
     from safetensors.numpy import save_file
 
@@ -239,7 +219,10 @@ def _pair_tables(ctx: Context, tokenizer: Any) -> dict[str, Table]:
         columns = {f"response_{k}": pairs.responses[k] for k in (0, 1)}
         if spec.mismatched:
             arrays["partner"] = mismatch(rows, pairs.index, derive_seed(ctx.seed, "mismatch", split))
-            columns |= {f"mismatched_{k}": mismatched_rows(pairs.responses[k], arrays["partner"]) for k in (0, 1)}
+            columns |= {
+                f"mismatched_{k}": mismatched_rows(pairs.responses[k], arrays["partner"], spec.tokens.max_length)
+                for k in (0, 1)
+            }
         tables[split] = (arrays, columns)
     write_json(ctx.out / "truncation.json", report.to_dict())
     return tables

@@ -19,7 +19,7 @@ from alignbench.errors import DataError, InvariantError
 from alignbench.losses import pair_loss
 from alignbench.models import policy as policies
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register, training_cost
-from alignbench.stages.tokens import TokenSpec, encode_demonstrations, encode_pairs
+from alignbench.stages.tokens import TokenSpec, encode_demonstrations, encode_pairs, mismatched_rows
 from alignbench.store import Artifact, write_json, write_jsonl
 
 
@@ -204,8 +204,7 @@ def _objective(
         desirable=desirable,
         reference=reference.T.reshape(-1),
         mismatched=[
-            *_mismatched(pairs.responses[0], saved["partner"]),
-            *_mismatched(pairs.responses[1], saved["partner"]),
+            row for side in pairs.responses for row in mismatched_rows(side, saved["partner"], spec.tokens.max_length)
         ],
         mismatched_reference=np.concatenate([saved["mismatched_0"], saved["mismatched_1"]]),
         beta=spec.beta,
@@ -225,12 +224,6 @@ def _desirable(spec: PreferSpec, rows: list[dict[str, Any]], index: np.ndarray, 
             mend="set kto_labels=preferred, or add the flags",
         )
     return np.array(flags, dtype=bool).reshape(-1)
-
-
-def _mismatched(rows: list[Any], partner: np.ndarray) -> list[Any]:
-    from alignbench.stages.measure import mismatched_rows
-
-    return mismatched_rows(rows, partner)
 
 
 def _prefer_estimate(

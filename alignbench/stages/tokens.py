@@ -120,3 +120,29 @@ def encode_responses(rows: Sequence[Mapping[str, Any]], tokenizer: Any, spec: To
         cache[row["prompt_id"]] = prompt
         result.append(Row([*prompt, *row["response_ids"]], len(prompt)))
     return result
+
+
+def mismatch(rows: list[dict[str, Any]], index: np.ndarray, seed: int) -> np.ndarray:
+    """For each pair the position of another pair, with another prompt wherever there is one.
+
+    A seeded shuffle in which pairs of one prompt lie together, shifted by the largest such group: the partner
+    has another prompt unless one prompt holds more than half of all pairs.
+    """
+    rng = np.random.default_rng(seed)
+    prompts = [rows[i]["prompt"] for i in index]
+    ranks = dict(zip(dict.fromkeys(prompts), rng.permutation(len(set(prompts))), strict=True))
+    order = np.argsort([ranks[p] for p in prompts], kind="stable")
+    largest = max(np.bincount([ranks[p] for p in prompts]))
+    partner = np.empty(len(index), dtype=np.int64)
+    partner[order] = np.roll(order, -int(largest))
+    return partner
+
+
+def mismatched_rows(rows: list[Row], partner: np.ndarray, max_length: int) -> list[Row]:
+    """Each row's prompt with its partner's response, cut at `max_length` tokens like any other row."""
+    result = []
+    for row, other in zip(rows, partner, strict=True):
+        response = rows[other].ids[rows[other].prompt_length :]
+        ids = [*row.ids[: row.prompt_length], *response]
+        result.append(Row(ids[:max_length], row.prompt_length))
+    return result

@@ -53,7 +53,7 @@ def test_batch_order_company_and_pad_id_change_no_response(name, ending):
     model, requests = MODELS[name](), prompts(7)
     model = frequent_eos(model) if ending else model
     alone = sample(model, requests, batch=1)
-    assert len({len(ids) for ids in alone}) > (4 if ending else 0)
+    assert len({len(ids) for ids in alone}) > (3 if ending else 0)
     for batch in (7, 64):
         assert sample(model, requests, batch=batch) == alone
     order = np.random.default_rng(1).permutation(len(requests))

@@ -5,7 +5,7 @@ import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alignbench.stages.measure import mismatch, mismatched_rows
+from alignbench.stages.tokens import mismatch, mismatched_rows
 
 prompts = st.lists(st.integers(0, 6), min_size=1, max_size=30)
 
@@ -38,15 +38,17 @@ def test_seeds_give_different_partners():
 def test_mismatched_rows_keep_the_prompt_and_take_the_partners_response():
     rows = tiny.rows(20, 0)
     partner = np.roll(np.arange(20), 7)
-    for row, other, mixed in zip(rows, partner, mismatched_rows(rows, partner), strict=True):
+    for row, other, mixed in zip(rows, partner, mismatched_rows(rows, partner, 10**6), strict=True):
         assert mixed.prompt_length == row.prompt_length
         assert list(mixed.ids[: mixed.prompt_length]) == list(row.ids[: row.prompt_length])
         response = list(rows[other].ids[rows[other].prompt_length :])
-        assert mixed.response_length >= 1
-        assert list(mixed.ids[mixed.prompt_length :]) == response[: mixed.response_length]
+        assert list(mixed.ids[mixed.prompt_length :]) == response
 
 
-def test_mismatched_rows_are_no_longer_than_the_rows_they_come_from():
+def test_mismatched_rows_are_cut_at_max_length_only():
     rows = tiny.rows(20, 1)
-    longest = max(len(row.ids) for row in rows)
-    assert max(len(row.ids) for row in mismatched_rows(rows, np.roll(np.arange(20), 3))) <= longest
+    partner = np.roll(np.arange(20), 3)
+    whole = mismatched_rows(rows, partner, 10**6)
+    limit = max(row.prompt_length for row in rows) + 2
+    for full, cut in zip(whole, mismatched_rows(rows, partner, limit), strict=True):
+        assert list(cut.ids) == list(full.ids)[:limit]

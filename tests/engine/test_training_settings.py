@@ -118,7 +118,7 @@ def test_bf16_trains_and_starts_near_ln2(policy_folder, tmp_path, lora, stage):
     model = tiny.load(policy_folder, lora, dtype=torch.bfloat16)
     job = tiny.job(model, goal, tmp_path, steps=3, lora=lora, machine={"dtype": "bf16", "zero_stage": stage})
     result, state = tiny.run(job)
-    assert result.log[0]["loss"] == pytest.approx(math.log(2), abs=STEP0_TOLERANCE["bf16"])
+    assert result.log[0]["loss"] == pytest.approx(math.log(2), abs=STEP0_TOLERANCE["bf16"][0])
     assert result.log[-1]["loss"] < result.log[0]["loss"]
     assert {tensor.dtype for tensor in state.values()} == {torch.bfloat16}
 
