@@ -52,6 +52,9 @@ def main() -> int:
     register()
     arguments = sys.argv[1:]
     if {"-m", "--multirun"} & set(arguments):
+        # Hydra's parser wants it before the overrides; users write it anywhere
+        arguments = ["-m", *(a for a in arguments if a not in ("-m", "--multirun"))]
+        sys.argv[1:] = arguments
         words = " ".join(sorted(a for a in arguments if "=" in a))
         os.environ.setdefault(SWEEP_ENV, f"sweep-{hashlib.sha256(words.encode()).hexdigest()[:8]}")
     try:
@@ -138,7 +141,7 @@ def _paths(node: DictConfig, prefix: str = "") -> dict[str, bool]:
 
 def quieten() -> None:
     """Turn other libraries' chatter down; each suppressed warning is harmless here and says why."""
-    for name in ("DeepSpeed", "datasets", "httpx", "filelock", "matplotlib", "fontTools"):
+    for name in ("DeepSpeed", "compilers", "datasets", "httpx", "filelock", "matplotlib", "fontTools"):
         logging.getLogger(name).setLevel(logging.WARNING)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

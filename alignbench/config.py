@@ -216,19 +216,27 @@ WORLD_UTILITIES = ("safety", "politeness")
 MIN_VOCABULARY = 258
 
 
+def recorded(config: DictConfig) -> dict[str, Any]:
+    """The whole configuration for the record, as plain containers, without Hydra's own part and local folders."""
+    return _plain(config, ("hydra", "output_dir", "store_dir"))
+
+
 def scientific(config: DictConfig) -> dict[str, Any]:
     """The part of a configuration that decides the numbers, as plain containers (unset values as "???")."""
-    plain = OmegaConf.to_container(OmegaConf.masked_copy(config, _kept_keys(config)), resolve=True)
-    if not isinstance(plain, dict):
-        raise TypeError("a run configuration is a mapping")
-    science = {str(key): value for key, value in plain.items()}
+    science = _plain(config, _OUTSIDE_RUN_ID)
+    if isinstance(science.get("evaluate"), dict):
+        science["evaluate"].pop("every_steps", None)  # how often training is looked at moves nothing
     if isinstance(science.get("hardware"), dict):
         science["hardware"] = {k: science["hardware"].get(k) for k in _HARDWARE_IN_RUN_ID}
     return science
 
 
-def _kept_keys(config: DictConfig) -> list[str]:
-    return [str(key) for key in config if key not in _OUTSIDE_RUN_ID]
+def _plain(config: DictConfig, without: tuple[str, ...]) -> dict[str, Any]:
+    kept = [str(key) for key in config if key not in without]
+    plain = OmegaConf.to_container(OmegaConf.masked_copy(config, kept), resolve=True)
+    if not isinstance(plain, dict):
+        raise TypeError("a run configuration is a mapping")
+    return {str(key): value for key, value in plain.items()}
 
 
 def run_id(config: DictConfig) -> str:

@@ -217,8 +217,9 @@ class Lab:
             lora=self.config.model.lora,
             tokens=self._tokens,
             dtype=self.config.hardware.dtype,
-            kto_labels=settings.kto_labels,
-            kto_balance=settings.kto_balance,
+            # what only KTO reads must not give DPO another key
+            kto_labels=settings.kto_labels if settings.loss == "kto" else "preferred",
+            kto_balance=settings.kto_balance or settings.loss != "kto",
         )
         inputs = {"start": start, "reference": reference, "pairs": pairs, "reference_logprobs": cached}
         return self._run(stages.PREFER, spec, inputs, label, hints=self._trainable)

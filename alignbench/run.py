@@ -14,7 +14,7 @@ from rich.console import Console
 
 from alignbench import record as records
 from alignbench.cli import SWEEP_ENV
-from alignbench.config import Config, problem_of, resolve, run_id, scientific, validate
+from alignbench.config import Config, problem_of, recorded, resolve, run_id, validate
 from alignbench.engine.runtime import device_of
 from alignbench.errors import ConfigError
 from alignbench.lab import Lab, Node
@@ -22,7 +22,7 @@ from alignbench.methods import Outcome, find_method
 from alignbench.plan import PlanLab, check_fits, show
 from alignbench.report.plot import trade_off
 from alignbench.report.table import markdown_table, terminal_table
-from alignbench.store import Store, write_jsonl
+from alignbench.store import Store, versions, write_jsonl
 from alignbench.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def execute(composed: DictConfig) -> float:
         run_id=identity,
         group=config.tracking.group or _sweep_name() or str(config.dataset.name),
         job_type=find_method(settings.name).name,
-        config=records.portable(scientific(composed)),
+        config=records.portable(recorded(composed)),
         folder=Path(config.output_dir) / identity,
     )
     planner = PlanLab(config, store, tracker)
@@ -62,11 +62,11 @@ def execute(composed: DictConfig) -> float:
         outcome, evaluations = _recipe(lab, config, settings)
         record = records.make_record(
             run_id=identity,
-            config=records.portable(scientific(composed)),
+            config=records.portable(recorded(composed)),
             outcome=outcome,
             evaluations=evaluations,
             nodes=lab.nodes,
-            versions=lab.reference().result.manifest["versions"],
+            versions=versions(),
             tuned_by=tuned_by,
         )
         folder = Path(config.output_dir) / identity

@@ -330,7 +330,8 @@ def _now() -> str:
 
 
 @functools.cache
-def _versions() -> dict[str, str | None]:
+def versions() -> dict[str, str | None]:
+    """Versions of Python, this package and the ones that change numbers, of the process that asks."""
     from importlib import metadata  # it reads text files; importing the packages would take seconds
 
     found: dict[str, str | None] = {"python": sys.version.split()[0], "alignbench": __version__}
@@ -583,7 +584,7 @@ class Store:
         files = {name: {"sha256": _digest(out / name), "bytes": s.st_size} for name, s in found.items()}
         manifest = {"key": workspace.key} | {f.name: getattr(identity, f.name) for f in dataclasses.fields(identity)}
         manifest |= {"files": files, "cost": {name: float(value) for name, value in workspace.cost.items()}}
-        manifest = plain(manifest | {"versions": _versions(), "created": _now()})
+        manifest = plain(manifest | {"versions": versions(), "created": _now()})
         write_json(out / MANIFEST, manifest | {"manifest_sha256": _sha256(canonical(manifest))})
         for name in (*files, MANIFEST):
             _sync(out / name)

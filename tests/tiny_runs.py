@@ -188,6 +188,7 @@ def science(record: dict[str, Any]) -> dict[str, Any]:
     kept = json.loads(json.dumps(record))
     kept.pop("created")
     kept.pop("commit")
+    kept["config"].pop("tracking")  # a mirror
     for name in ("stages_built_now", "seconds_now", "peak"):
         kept["cost"].pop(name, None)
     kept["cost"]["total"].pop("seconds")

@@ -111,9 +111,8 @@ def load_policy(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()  # one bar per stage is enough: ours
+    _one_bar_per_stage()
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
@@ -142,8 +141,16 @@ def load_policy(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     return model.to(device).eval()
 
 
+def _one_bar_per_stage() -> None:
+    """Turn transformers' progress bars off: a stage shows its own."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
 def save_policy(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a transformers folder: config, safetensors, tokenizer."""
+    _one_bar_per_stage()
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder, safe_serialization=True)
     tokenizer.save_pretrained(folder)
