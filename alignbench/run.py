@@ -99,7 +99,8 @@ def _tuning(path: str | None, composed: DictConfig) -> dict[str, Any] | None:
             mend="tuned_by=null, or the path of a search result in the repository",
         ) from None
     chosen = search.get("chosen", {}).get(composed.method.name, {})
-    followed = all(OmegaConf.select(composed, key) == value for key, value in chosen.items())
+    # a method that the search did not vary follows nothing
+    followed = bool(chosen) and all(OmegaConf.select(composed, key) == value for key, value in chosen.items())
     return {"file": records.portable(path), "followed": followed, **search}
 
 
