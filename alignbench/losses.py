@@ -69,6 +69,7 @@ def dpo(
     rejected_logratio: torch.Tensor,
     beta: float,
     label_smoothing: float | torch.Tensor = 0.0,
+    offset: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Direct preference optimisation, ``-log sigmoid(beta h)`` with ``h = chosen - rejected`` log-ratio.
 
@@ -76,7 +77,12 @@ def dpo(
     tensor of one ``eps = 1 - P(chosen better)`` per pair makes it the expected loss under soft Bradley-Terry
     labels, which has the optimum of sampled labels without their noise.
 
-    Source: DPO (arXiv 2305.18290, eq. 7); SACPO (arXiv 2404.11049, eq. 6); smoothing as in conservative DPO.
+    With an offset every ``beta h`` above becomes ``z = beta h - offset``. If the labels follow a score ``r`` and
+    ``offset = bonus(chosen) - bonus(rejected)``, ``z`` learns the difference of ``r``, so the minimiser's implicit
+    reward is ``r + bonus``: optimism about responses that the data say little of.
+
+    Source: DPO (arXiv 2305.18290, eq. 7); SACPO (arXiv 2404.11049, eq. 6); smoothing as in conservative DPO;
+        the offset is online PD-DPO's exploration bonus, put into the logits.
 
     Args:
         chosen_logratio: Shape ``(batch,)``, nats.
@@ -84,6 +90,8 @@ def dpo(
         beta: KL weight, > 0; ``beta / lambda`` in SACPO's second step.
         label_smoothing: Probability in [0, 1] that the label is wrong; a number, or a tensor of shape
             ``(batch,)``.
+        offset: ``bonus(chosen) - bonus(rejected)``, shape ``(batch,)``, in the units of the score that the labels
+            follow; None for none.
 
     Returns:
         Losses of shape ``(batch,)``, in nats; exactly linear in ``h`` far from zero, so finite for ``|beta
@@ -95,6 +103,9 @@ def dpo(
     _require_positive("beta", beta)
     chosen, rejected = _vectors(chosen_logratio=chosen_logratio, rejected_logratio=rejected_logratio)
     scaled = beta * (chosen - rejected)
+    if offset is not None:
+        _require_shape("offset", offset, scaled)
+        scaled = scaled - _upcast(offset)
     if isinstance(label_smoothing, torch.Tensor):
         _require_shape("label_smoothing", label_smoothing, scaled)
         label_smoothing = _upcast(label_smoothing)
@@ -261,25 +272,39 @@ def implicit_reward(logratio: torch.Tensor, beta: float) -> torch.Tensor:
     return beta * ratio.detach()
 
 
-def reference_value(loss: str, beta: float, *, weight: float = 1.0) -> float:
+def reference_value(
+    loss: str, beta: float, *, weight: float = 1.0, label_smoothing: float = 0.0, offset: float = 0.0
+) -> float:
     """The exact per-example loss when the policy equals its stage's reference, for the check at step 0.
 
     All log-ratios are 0 there (and KTO's reference point with them), so DPO is ``ln 2`` at any smoothing, IPO
-    is ``1 / (4 beta^2)`` in both its forms, and KTO is half the example's weight.
+    is ``1 / (4 beta^2)`` in both its forms, and KTO is half the example's weight. With an offset ``o`` and a
+    smoothing ``eps`` DPO is ``(1 - eps) softplus(o) + eps softplus(-o) = softplus(o) - eps o``.
 
     Args:
         loss: A ``PairLoss`` or its name.
         beta: The stage's KL weight, > 0.
         weight: KTO's weight of the example (or the batch's mean weight); the other losses have none.
+        label_smoothing: DPO's probability in [0, 1] that the label is wrong.
+        offset: DPO's ``bonus(chosen) - bonus(rejected)``.
 
     Raises:
-        ConfigError: Unknown loss, ``beta`` not a positive number, or a negative weight.
+        ConfigError: Unknown loss, ``beta`` not a positive number, a negative weight, a smoothing outside [0, 1],
+            or a smoothing or an offset for a loss other than DPO.
     """
     _require_positive("beta", beta)
     _require_nonnegative("weight", weight)
-    match pair_loss(loss):
+    kind = pair_loss(loss)
+    if kind is not PairLoss.dpo and (label_smoothing != 0.0 or offset != 0.0):
+        raise ConfigError(
+            f"{kind.value} has neither soft labels nor an offset", where="reference_value", mend="only dpo takes them"
+        )
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ConfigError(f"label_smoothing is {label_smoothing}", where="reference_value", mend="choose it in [0, 1]")
+    match kind:
         case PairLoss.dpo:
-            return math.log(2.0)
+            # softplus(o) without overflow
+            return max(offset, 0.0) + math.log1p(math.exp(-abs(offset))) - label_smoothing * offset
         case PairLoss.ipo:
             return 1.0 / (2.0 * beta) ** 2
         case PairLoss.kto:

@@ -180,6 +180,52 @@ def test_soft_labels_are_the_expected_loss():
     torch.testing.assert_close(losses.dpo(a, b, 0.7, label_smoothing=1 - better), expected)
 
 
+@settings(deadline=None, max_examples=40)
+@given(ratio_pairs(), betas, st.integers(0, 1000))
+def test_dpo_with_an_offset_is_the_written_formula(pair, beta, seed):
+    chosen, rejected = pair
+    rng = np.random.default_rng(seed)
+    wrong, offset = rng.uniform(0, 1, len(chosen)), rng.normal(0, 5, len(chosen))
+    z = beta * (chosen - rejected) - offset
+    got = losses.dpo(tensor(chosen), tensor(rejected), beta, tensor(wrong), tensor(offset)).numpy()
+    np.testing.assert_allclose(got, (1 - wrong) * log1pexp(-z) + wrong * log1pexp(z), rtol=1e-6, atol=1e-6)
+    got = losses.dpo(tensor(chosen), tensor(rejected), beta, offset=tensor(offset)).numpy()
+    np.testing.assert_allclose(got, log1pexp(-z), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.5, -3.0, 800.0, -800.0])
+@pytest.mark.parametrize("wrong", [0.0, 0.25, 1.0])
+def test_reference_value_with_soft_labels_and_an_offset(wrong, offset):
+    zero = torch.zeros(1, dtype=torch.float64)
+    got = losses.dpo(zero, zero, 0.3, tensor([wrong]), tensor([offset]))
+    expected = losses.reference_value("dpo", 0.3, label_smoothing=wrong, offset=offset)
+    assert got.item() == pytest.approx(expected, rel=1e-12, abs=1e-300)
+
+
+def test_offset_moves_the_minimiser_by_the_bonus():
+    # one prompt, three answers, every pair with its Bradley-Terry probability: beta log(pi/ref) = r + bonus + const
+    beta = 0.4
+    reference = torch.log_softmax(torch.tensor([0.3, -0.8, 0.5], dtype=torch.float64), 0)
+    score = torch.tensor([0.2, -0.5, 0.9], dtype=torch.float64)
+    bonus = torch.tensor([0.7, 0.1, -0.3], dtype=torch.float64)
+    first, second = torch.triu_indices(3, 3, offset=1)
+
+    def loss(logits):
+        ratio = torch.log_softmax(logits, 0) - reference
+        wrong = torch.sigmoid(score[second] - score[first])
+        return losses.dpo(ratio[first], ratio[second], beta, wrong, bonus[first] - bonus[second]).sum()
+
+    point = reference.clone()
+    for _ in range(30):
+        gradient = torch.autograd.functional.jacobian(loss, point)
+        point = point - torch.linalg.pinv(torch.autograd.functional.hessian(loss, point), rtol=1e-9) @ gradient
+    assert gradient.abs().max() < 1e-10
+    implied = beta * (torch.log_softmax(point, 0) - reference) - (score + bonus)
+    torch.testing.assert_close(implied, implied.mean().expand(3), rtol=0, atol=1e-8)
+    without = beta * (torch.log_softmax(point, 0) - reference) - score
+    assert (without - without.mean()).abs().max() > 0.1
+
+
 def test_ipo_is_smallest_at_its_target():
     target = 1 / (2 * 0.25)
     h = torch.linspace(-6, 6, 97, dtype=torch.float64)
@@ -233,6 +279,7 @@ def test_gradients():
     assert torch.autograd.gradcheck(lambda x, y: losses.dpo(x, y, 0.7), (a, b))
     assert torch.autograd.gradcheck(lambda x, y: losses.dpo(x, y, 0.7, 0.2), (a, b))
     assert torch.autograd.gradcheck(lambda x, y: losses.dpo(x, y, 0.7, soft), (a, b))
+    assert torch.autograd.gradcheck(lambda x, y: losses.dpo(x, y, 0.7, soft, 3 * soft), (a, b))
     assert torch.autograd.gradcheck(lambda x, y: losses.ipo(x, y, 0.7), (a, b))
     assert torch.autograd.gradcheck(lambda x, y: losses.ipo(x, y, 0.7, lengths, lengths.flip(0)), (a, b))
     assert torch.autograd.gradcheck(lambda x: losses.kto(x, flags, 0.3, 0.7, 2.0, 0.5), (a,))
@@ -286,6 +333,7 @@ def test_beta_must_be_positive(beta):
         (lambda: losses.dpo(TWO, TWO, 0.1, 1.5), "label_smoothing is 1.5"),
         (lambda: losses.dpo(TWO, TWO, 0.1, torch.tensor([0.2, -0.1])), "label_smoothing has values"),
         (lambda: losses.dpo(TWO, TWO, 0.1, THREE), "label_smoothing has shape"),
+        (lambda: losses.dpo(TWO, TWO, 0.1, offset=THREE), "offset has shape"),
         (lambda: losses.ipo(TWO, TWO, 0.1, torch.ones(2)), "only one of the two"),
         (
             lambda: losses.ipo(TWO, TWO, 0.1, torch.ones(2), torch.tensor([3, 0])),
@@ -303,6 +351,9 @@ def test_beta_must_be_positive(beta):
         (lambda: losses.kto_kl(torch.tensor(0.0), 0), "0 mismatched completions"),
         (lambda: losses.nll(torch.zeros(2, 3)), "logprob_sum has shape"),
         (lambda: losses.reference_value("kto", 0.1, weight=-1.0), "weight is -1.0"),
+        (lambda: losses.reference_value("kto", 0.1, offset=0.5), "kto has neither soft labels nor an offset"),
+        (lambda: losses.reference_value("ipo", 0.1, label_smoothing=0.5), "ipo has neither"),
+        (lambda: losses.reference_value("dpo", 0.1, label_smoothing=1.5), "label_smoothing is 1.5"),
     ],
 )
 def test_errors_name_the_argument(call, message):

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from alignbench import losses
 from alignbench.engine.batching import Row
+from alignbench.errors import ConfigError
 
 LogProbFunction = Callable[[Sequence[Row]], torch.Tensor]
 
@@ -90,12 +91,25 @@ class SftObjective(Objective):
 class PairObjective(Objective):
     """DPO or IPO on chosen and rejected responses, with cached reference log-probs.
 
+    With soft labels every example stands for both orders of its pair, in proportion to their probabilities, and so
+    do the metrics `accuracy` and `margin`: each is the expectation, over the drawn label, of its hard-label form.
+    With an offset both are about the logit `beta h - offset`, which is the policy's estimate of the score without
+    its bonus, because that is what the labels speak of.
+
     Attributes:
         chosen: Rows of the preferred responses.
         rejected: Rows of the others; same prompts, same order.
         reference: float64 (examples, 2) reference log-probs, chosen first.
         name: "dpo" or "ipo".
         beta: KL weight of this stage (SACPO's safety step: beta/lambda).
+        wrong: float64 (examples,) probability in [0, 1] that the *rejected* side is the better one; None for hard
+            labels. DPO only.
+        offset: float64 (examples,) bonus(chosen) - bonus(rejected) (online PD-DPO), in units of the score that the
+            labels follow; None for none. DPO only.
+
+    Raises:
+        ConfigError: on construction, for soft labels or an offset with another loss than DPO, of another length than
+            the examples, or with values that are no probabilities or not finite.
     """
 
     chosen: list[Row]
@@ -103,6 +117,30 @@ class PairObjective(Objective):
     reference: np.ndarray
     name: str
     beta: float
+    wrong: np.ndarray | None = None
+    offset: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        for what, values, low, high in (
+            ("wrong (soft labels)", self.wrong, 0.0, 1.0),
+            ("offset", self.offset, -np.inf, np.inf),
+        ):
+            if values is None:
+                continue
+            if self.name != losses.PairLoss.dpo:
+                raise ConfigError(f"{what} with the loss {self.name!r}", where="PairObjective", mend="use the loss dpo")
+            if values.shape != (len(self.chosen),):
+                raise ConfigError(
+                    f"{what} has shape {values.shape} for {len(self.chosen)} pairs",
+                    where="PairObjective",
+                    mend="give one number per pair",
+                )
+            if not (np.isfinite(values) & (values >= low) & (values <= high)).all():
+                raise ConfigError(
+                    f"{what} has values that are not finite or outside [{low:g}, {high:g}]",
+                    where="PairObjective",
+                    mend="check the labels or the bonus they were computed from",
+                )
 
     @override
     def __len__(self) -> int:
@@ -114,7 +152,15 @@ class PairObjective(Objective):
 
     @override
     def reference_value(self, indices: np.ndarray) -> np.ndarray:
-        return np.full(len(indices), losses.reference_value(self.name, self.beta))
+        count = len(indices)
+        wrong = np.zeros(count) if self.wrong is None else self.wrong[indices]
+        offset = np.zeros(count) if self.offset is None else self.offset[indices]
+        return np.array(
+            [
+                losses.reference_value(self.name, self.beta, label_smoothing=float(w), offset=float(o))
+                for w, o in zip(wrong, offset, strict=True)
+            ]
+        )
 
     @override
     def loss(
@@ -122,11 +168,21 @@ class PairObjective(Objective):
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         ratio = logprobs - _like(self.reference[indices], logprobs)
         chosen, rejected = ratio[:, 0].float(), ratio[:, 1].float()
-        value = (losses.dpo if self.name == "dpo" else losses.ipo)(chosen, rejected, self.beta)
         margin = losses.implicit_reward(chosen - rejected, self.beta)
+        offset = None if self.offset is None else _like(self.offset[indices], logprobs).float()
+        wrong = None if self.wrong is None else _like(self.wrong[indices], logprobs).float()
+        if self.name == losses.PairLoss.dpo:
+            value = losses.dpo(chosen, rejected, self.beta, 0.0 if wrong is None else wrong, offset)
+        else:
+            value = losses.ipo(chosen, rejected, self.beta)
+        margin = margin if offset is None else margin - offset
+        accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
+        if wrong is not None:
+            accuracy = (1 - wrong) * accuracy + wrong * (1 - accuracy)
+            margin = (1 - 2 * wrong) * margin
         return value, {
             "margin": margin,
-            "accuracy": (margin > 0).float() + 0.5 * (margin == 0).float(),
+            "accuracy": accuracy,
             "chosen_logratio": chosen.detach(),
             "rejected_logratio": rejected.detach(),
         }

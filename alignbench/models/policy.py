@@ -7,6 +7,7 @@ reference is then the whole previous policy, never the bare base.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
@@ -22,6 +24,23 @@ from alignbench.errors import ModelError
 
 WEIGHT_SUFFIX = ".safetensors"
 END, PAD = "<|end|>", "<|pad|>"
+
+_HELD: WeakSet[torch.nn.Module] = WeakSet()
+
+
+def held() -> int:
+    """Policies that this process holds in memory now: those built or loaded here that something still refers to.
+
+    Counted after a garbage collection, since a model often sits in reference cycles and would outlive its last use
+    by a while. A model under LoRA is one policy with its adapters.
+    """
+    gc.collect()
+    return len(_HELD)
+
+
+def _hold(model: Any) -> Any:
+    _HELD.add(model)
+    return model
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
@@ -64,7 +83,7 @@ def build_llama(shape: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        return _hold(LlamaForCausalLM(config))
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -138,7 +157,7 @@ def load_policy(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
             where=str(folder),
             mend="load and re-save the checkpoint, or get an intact copy; training from it would be silent ruin",
         )
-    return model.to(device).eval()
+    return _hold(model.to(device).eval())
 
 
 def _one_bar_per_stage() -> None:

@@ -1,0 +1,91 @@
+"""What the stages that train share: from an objective to a stored policy, and what that is expected to cost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from alignbench.config import TrainConfig
+from alignbench.engine.batching import total_steps
+from alignbench.engine.objectives import Objective
+from alignbench.engine.runtime import derive_seed, device_of, dtype_of
+from alignbench.engine.train import TrainJob, train, trained_state
+from alignbench.models import policy as policies
+from alignbench.stages.stage import Context, Estimate, Facts, Runtime, training_cost
+from alignbench.store import write_jsonl
+
+
+def train_and_save(
+    ctx: Context, folder: Path, tokenizer: Any, objective: Objective, validation: Objective | None
+) -> None:
+    """Train the policy in `folder` and write `policy/` and `log.jsonl`.
+
+    The cost gets `policies_in_memory`, the number of models this process holds when training starts. It is counted,
+    not assumed: one, since references are cached log-probs and no second model.
+
+    Args:
+        ctx: The stage's context; its spec has `train` and `lora`.
+        folder: Transformers folder that training starts from.
+        tokenizer: The policy's tokenizer, saved beside the weights.
+        objective: What is minimised.
+        validation: The same on held-out examples, or None.
+
+    Raises:
+        InvariantError: the loss at step 0 is not its value at policy = reference, or a loss is not finite.
+    """
+    spec = ctx.spec
+    lora = spec.lora if spec.lora.rank > 0 else None
+    hardware = ctx.runtime.hardware
+    model = policies.load_policy(folder, dtype_of(hardware), device_of(hardware))
+    if lora is not None:
+        model = policies.add_lora(model, lora, derive_seed(ctx.seed, "lora"))
+    job = TrainJob(
+        policy=model,
+        objective=objective,
+        settings=spec.train,
+        hardware=hardware,
+        seed=derive_seed(ctx.seed, "order"),
+        pad_id=policies.pad_id(tokenizer),
+        work=ctx.work,
+        lora=lora is not None,
+        starts_at_reference="reference" not in ctx.inputs or ctx.inputs["reference"].key == ctx.inputs["start"].key,
+        validation=validation,
+        evaluate_every=ctx.runtime.evaluate_every,
+    )
+    ctx.cost["policies_in_memory"] = float(policies.held())
+    result = train(job, ctx.cost, ctx.on_metrics)
+    trained = policies.restore_weights(folder, trained_state(job), lora)
+    policies.save_policy(trained, tokenizer, ctx.out / "policy")
+    write_jsonl(ctx.out / "log.jsonl", result.log)
+
+
+def training_estimate(
+    settings: TrainConfig, start: Facts, data: Facts, runtime: Runtime, hints: Mapping[str, float]
+) -> Estimate:
+    """Expected cost of training the policy `start` on the rows of `data`.
+
+    Args:
+        settings: Optimiser settings.
+        start: Facts of the policy that training starts from.
+        data: Facts of the table it trains on.
+        runtime: Device and batch sizes.
+        hints: `trainable`, the trained weights where they are not all (LoRA).
+    """
+    batch = int(min(settings.batch_size, max(1, data.rows)))
+    tokens = total_steps(int(max(data.rows, 1)), settings.epochs, batch) * batch * data.tokens
+    flops, memory = training_cost(
+        parameters=start.parameters,
+        trainable=hints.get("trainable") or start.parameters,
+        tokens=tokens,
+        row_tokens=data.tokens,
+        rows=min(runtime.hardware.micro_batch, batch),
+        runtime=runtime,
+    )
+    return Estimate(
+        Facts(parameters=start.parameters),
+        trained_tokens=tokens,
+        flops=flops,
+        memory_bytes=memory,
+        overhead_seconds=2.0,
+    )
