@@ -1,4 +1,13 @@
-"""Several records in one table and one picture: `python -m alignbench.report FOLDER [--out NAME]`."""
+"""Records in tables and pictures.
+
+python -m alignbench.report FOLDER [--out NAME] [--each]
+    every record below FOLDER in one table and one picture; records that ask for different thresholds in the table of
+    requested against achieved margins (with --each also in one result table per problem)
+
+python -m alignbench.report certificates FOLDER [--split train|test] [--out NAME]
+    the exact certificates of runs on dataset=enumerable, and CAID's claim (a folder that is itself called
+    "certificates" is reported as ./certificates)
+"""
 
 from __future__ import annotations
 
@@ -11,39 +20,88 @@ from rich.console import Console
 
 from alignbench.errors import AlignbenchError, DataError
 from alignbench.record import read_records
-from alignbench.report.plot import trade_off
+from alignbench.report import certificates, thresholds
+from alignbench.report.plot import named, trade_off
 from alignbench.report.table import markdown_table, terminal_table
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m alignbench.report", description=__doc__)
-    parser.add_argument("folder", type=Path, help="folder with run folders, for instance outputs")
-    parser.add_argument(
-        "--out", type=Path, default=None, help="base name of the .md, .png and .pdf (default: in FOLDER)"
-    )
-    options = parser.parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
     try:
-        _report(options.folder, options.out or options.folder / "report")
+        if given[:1] == ["certificates"]:
+            _certificates(given[1:])
+        else:
+            _summary(given)
     except AlignbenchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _report(folder: Path, out: Path) -> None:
+def _summary(arguments: list[str]) -> None:
+    parser = _parser("python -m alignbench.report", "report")
+    parser.add_argument("--each", action="store_true", help="where thresholds differ: a table per problem as well")
+    options = parser.parse_args(arguments)
+    _report(options.folder, options.out or options.folder / "report", each=options.each)
+
+
+def _certificates(arguments: list[str]) -> None:
+    parser = _parser("python -m alignbench.report certificates", "certificates")
+    parser.add_argument("--split", choices=certificates.SPLITS, default="test", help="whose prompts (default: test)")
+    options = parser.parse_args(arguments)
+    base = options.out or options.folder / "certificates"
+    certificates.report(_read(options.folder), options.split, base, _console())
+    _say_where(base)
+
+
+def _parser(program: str, base: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="folder with run folders, for instance outputs")
+    parser.add_argument(
+        "--out", type=Path, default=None, help=f"base name of the .md, .png and .pdf (default: FOLDER/{base})"
+    )
+    return parser
+
+
+def _read(folder: Path) -> list[dict[str, Any]]:
     records = read_records(folder)
     if not records:
         raise DataError(f"no record.json below {folder}", where=str(folder), mend="run something first: python main.py")
-    for problem, group in _by_problem(records).items():
-        base = out if len(_by_problem(records)) == 1 else out.with_name(f"{out.name}-{problem}")
-        out.parent.mkdir(parents=True, exist_ok=True)
-        Console(width=None if Console().is_terminal else 200).print(terminal_table(group, problem))
-        base.with_suffix(".md").write_text(markdown_table(group), encoding="utf-8")
+    return records
+
+
+def _console() -> Console:
+    return Console(width=None if Console().is_terminal else thresholds.WIDTH)
+
+
+def _report(folder: Path, out: Path, *, each: bool = False) -> None:
+    records = _read(folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    problems = _by_problem(records)
+    summary = thresholds.thresholds_differ(records) and bool(thresholds.points_of(records))
+    if summary:
+        _console().print(thresholds.terminal_table(records, "requested against achieved"))
+        thresholds.write(records, out)
+        _say_where(out)
+        if not each:
+            print(f"a result table for each of {len(problems)} problems: the same command with --each")
+            return
+    for problem, group in problems.items():
+        base = out if len(problems) == 1 and not summary else out.with_name(f"{out.name}-{problem}")
+        _console().print(terminal_table(group, problem))
+        named(base, ".md").write_text(markdown_table(group), encoding="utf-8")
         utility = group[0]["config"]["constraint"]["utilities"][0]
-        if utility in next(iter(group[0]["rows"].values()))["metrics"]:
+        scored = utility in next(iter(group[0]["rows"].values()))["metrics"]
+        if scored:
             trade_off(group, base, utility=utility)
-        print(f"table: {base.with_suffix('.md')}\npicture: {base.with_suffix('.png')}")
+        _say_where(base, picture=scored)
+
+
+def _say_where(base: Path, *, picture: bool = True) -> None:
+    print(f"table: {named(base, '.md')}\npicture: {named(base, '.png') if picture else 'none without scores'}")
 
 
 def _by_problem(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -52,10 +110,8 @@ def _by_problem(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     for record in records:
         config = record["config"]
         constraint = config["constraint"]
-        thresholds = ",".join(
-            f"{u}{t:+g}" for u, t in zip(constraint["utilities"], constraint["thresholds"], strict=True)
-        )
-        name = f"{config['dataset']['name']}-{config['evaluate']['split']}-{constraint['form']}-{thresholds}"
+        asked = ",".join(f"{u}{t:+g}" for u, t in zip(constraint["utilities"], constraint["thresholds"], strict=True))
+        name = f"{config['dataset']['name']}-{config['evaluate']['split']}-{constraint['form']}-{asked}"
         groups.setdefault(name, []).append(record)
     return groups
 

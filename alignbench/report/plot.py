@@ -1,4 +1,4 @@
-"""Pictures from records."""
+"""Pictures from records, and what every picture of the house shares: palette, markers, files."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from typing import Any
 from alignbench.report.table import rows_of
 
 # Okabe and Ito's palette: told apart with every common colour-vision deficiency
-_COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
-_MARKERS = "osD^vP*X"
+COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
+MARKERS = "osD^vP*X"
+_ENDINGS = (".md", ".png", ".pdf", ".json")
 
 
 def trade_off(records: Sequence[Mapping[str, Any]], path: Path, *, utility: str) -> None:
@@ -21,25 +22,20 @@ def trade_off(records: Sequence[Mapping[str, Any]], path: Path, *, utility: str)
         path: Base name; a .png and a .pdf are written.
         utility: The vertical axis.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
     names = list(dict.fromkeys(name for name, _, _ in rows_of(records)))
     shown: set[str] = set()
     for name, _, row in rows_of(records):
         x, y = row["metrics"]["reward"], row["metrics"][utility]
-        style = names.index(name)
+        marker, colour = style(names.index(name))
         axes.errorbar(
             x["mean"],
             y["mean"],
-            xerr=_arms(x),
-            yerr=_arms(y),
-            # after eight policies the colours begin anew with the next marker
-            fmt=_MARKERS[(style + style // len(_COLOURS)) % len(_MARKERS)],
-            color=_COLOURS[style % len(_COLOURS)],
+            xerr=arms(x),
+            yerr=arms(y),
+            fmt=marker,
+            color=colour,
             capsize=2,
             markersize=9,
             # hollow: policies at one place are all seen
@@ -64,17 +60,48 @@ def trade_off(records: Sequence[Mapping[str, Any]], path: Path, *, utility: str)
     axes.set_ylabel(f"{utility} (mean per response, larger is better)")
     axes.set_title(f"{first['config']['dataset']['name']}: reward against {utility}", fontsize=11)
     axes.spines[["top", "right"]].set_visible(False)
+    save(figure, path)
+
+
+def pyplot() -> Any:
+    """Matplotlib without a screen; imported late, since it takes a second that most commands need not spend."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    return plt
+
+
+def style(index: int) -> tuple[str, str]:
+    """(marker, colour) of the series of that number; after eight the colours begin anew with the next marker."""
+    return MARKERS[(index + index // len(COLOURS)) % len(MARKERS)], COLOURS[index % len(COLOURS)]
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as .png and .pdf beside each other, and close it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     for suffix in (".png", ".pdf"):
         figure.savefig(
-            path.with_suffix(suffix),
+            named(path, suffix),
             dpi=160,
             metadata={"Creator": "alignbench"} if suffix == ".pdf" else None,
         )
-    plt.close(figure)
+    pyplot().close(figure)
 
 
-def _arms(value: Mapping[str, Any]) -> list[list[float]] | None:
-    if value["low"] is None or value["high"] is None:
+def named(base: Path, suffix: str) -> Path:
+    """A base name with this ending.
+
+    `Path.with_suffix` would take the ".1" of "safety+0.1" for an ending, and two thresholds would share a file.
+    """
+    name = base.name.removesuffix(base.suffix) if base.suffix in _ENDINGS else base.name
+    return base.with_name(name + suffix)
+
+
+def arms(value: Mapping[str, Any]) -> list[list[float]] | None:
+    """Lengths of an error bar below and above the mean; None without an interval."""
+    if value.get("low") is None or value.get("high") is None:
         return None
     return [[max(0.0, value["mean"] - value["low"])], [max(0.0, value["high"] - value["mean"])]]
 
