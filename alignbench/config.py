@@ -111,6 +111,8 @@ class WorldConfig:
     demonstrations: int = MISSING
     pairs_per_prompt: int = MISSING
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    answers: int = 0
+    uncovered: list[str] = field(default_factory=list)
 
 
 @dataclass

@@ -1,44 +1,41 @@
 """The verbs a recipe may use. Each looks up a stage's artifact in the store or runs the stage.
 
-A `Lab` runs; a `PlanLab` (see `alignbench.plan`) only says what would run. A recipe cannot tell them apart.
+A `Lab` runs; a `PlanLab` (see `alignbench.plan`) only says what would run. A recipe cannot tell them apart, except
+through `peek`, which gives None in a plan for what is not computed yet.
 """
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from typing import Any, cast
 
 from alignbench import stages
-from alignbench.config import ArchitectureConfig, Config, LoraConfig, SamplingConfig, SourceConfig, TrainConfig
-from alignbench.data.readers import Source
-from alignbench.data.readers import fingerprint as data_fingerprint
+from alignbench.config import LoraConfig, SamplingConfig, TrainConfig
 from alignbench.data.schema import Mode
-from alignbench.errors import ConfigError
-from alignbench.models.policy import fingerprint as model_fingerprint
-from alignbench.models.policy import shape_of
+from alignbench.lab_base import LabBase, Node, spec_of
 from alignbench.problem import Problem
-from alignbench.stages.data import LabelSpec, ReadSpec
-from alignbench.stages.evaluate import EvaluateSpec
-from alignbench.stages.measure import LogProbsSpec, SampleSpec, ScoreSpec
-from alignbench.stages.policies import (
-    BaseSpec,
-    MergeSpec,
-    PreferSpec,
-    SftSpec,
-    lora_parameter_count,
-    parameter_count,
+from alignbench.stages.certify import CertifySpec
+from alignbench.stages.data import LabelSpec, PairUpSpec, ReadSpec
+from alignbench.stages.dualize import (
+    AverageSpec,
+    CostSpec,
+    DualSpec,
+    GivenSpec,
+    PredictSpec,
+    ProblemSpec,
+    SlackSpec,
+    StepSpec,
 )
-from alignbench.stages.stage import Context, Runtime, Stage
-from alignbench.stages.tokens import TokenSpec
-from alignbench.store import Artifact, Identity, Store, Workspace, plain
-from alignbench.tracking import Tracker
+from alignbench.stages.evaluate import EvaluateSpec
+from alignbench.stages.explore import BonusSpec, FeaturesSpec, JoinSpec
+from alignbench.stages.listed import DrawSpec, ListedWorldSpec, ListSpec, LookupSpec
+from alignbench.stages.measure import LogProbsSpec, SampleSpec, ScoreSpec
+from alignbench.stages.policies import BaseSpec, MergeSpec, PreferSpec, SftSpec, parameter_count
+from alignbench.stages.relabel import AnnotateSpec, ImplicitSpec, RelabelSpec
 from alignbench.worlds.handbook import WorldSpec
 
-log = logging.getLogger(__name__)
+__all__ = ["Bank", "Lab", "Node", "PreferSettings", "spec_of"]
 
 
 @dataclass(frozen=True)
@@ -50,68 +47,40 @@ class PreferSettings:
         train: Optimiser settings.
         kto_labels: "preferred" or "is_safe": what makes a response desirable (KTO only).
         kto_balance: Weight undesirable responses by n_desirable / n_undesirable (KTO only).
+        soft: Train on the labels' probabilities instead of the drawn labels (DPO with relabelled pairs only).
     """
 
     loss: str
     train: TrainConfig
     kto_labels: str = "preferred"
     kto_balance: bool = True
+    soft: bool = False
 
 
-@dataclass
-class Node:
-    """One use of a stage: what it is, what it needs, and (once there) its artifact.
-
-    Attributes:
-        stage: The stage.
-        label: What the recipe calls it, for progress, W&B and the plan.
-        identity: Key material.
-        inputs: Nodes by role.
-        hints: Sizes that a plan counts with.
-        artifact: The result; None in a plan where it is not cached.
-        built: Whether this run built it.
-        seconds: Wall seconds this run spent on it (0 when found).
-    """
-
-    stage: Stage
-    label: str
-    identity: Identity
-    inputs: dict[str, Node]
-    hints: dict[str, float] = field(default_factory=dict)
-    artifact: Artifact | None = None
-    built: bool = False
-    seconds: float = 0.0
-
-    @property
-    def key(self) -> str:
-        """The artifact's key."""
-        return self.identity.key
-
-    @property
-    def result(self) -> Artifact:
-        """The artifact; an error in a plan that has not got it."""
-        if self.artifact is None:
-            raise ConfigError(f"{self.label} is not computed yet", where="plan", mend="run without plan=true")
-        return self.artifact
-
-
-@dataclass
-class Lab:
-    """Runs stages for one configuration and one seed, through the store.
+@dataclass(frozen=True)
+class Bank:
+    """Scored responses that stand for a policy: samples, or every listed answer with the policy's log-probs.
 
     Attributes:
-        config: The run's configuration.
-        store: Where artifacts live.
-        tracker: Mirror of metrics.
-        nodes: Every stage used so far, by key, in order.
+        responses: The responses.
+        scores: Their scores.
+        weights: Log-probs of listed answers; None for samples.
     """
 
-    config: Config
-    store: Store
-    tracker: Tracker
-    nodes: dict[str, Node] = field(default_factory=dict)
+    responses: Node
+    scores: Node
+    weights: Node | None = None
 
-    # ---------------------------------------------------------------- verbs of the recipes
+    def inputs(self, prefix: str = "") -> dict[str, Node]:
+        """The bank as a stage's inputs."""
+        found = {f"{prefix}responses": self.responses, f"{prefix}scores": self.scores}
+        return found if self.weights is None else found | {f"{prefix}weights": self.weights}
+
+
+class Lab(LabBase):
+    """Runs stages for one configuration and one seed, through the store."""
+
+    # ---------------------------------------------------------------- policies and data
 
     def reference(self) -> Node:
         """pi_ref: the base model, supervised fine-tuned where the configuration says so."""
@@ -152,13 +121,16 @@ class Lab:
                 demonstrations=world.demonstrations,
                 risky_fraction=world.risky_fraction,
             )
+            if world.answers:
+                listed = ListedWorldSpec(spec, world.answers)
+                return self._run(stages.LISTED_WORLD, listed, {}, "world", seed=data.seed)
             return self._run(stages.WORLD, spec, {}, "world", seed=data.seed)
         files = data.files
         assert files is not None  # one of the two, by validation
         read = ReadSpec(
             pairs=self._data_fingerprints[0],
             demonstrations=self._data_fingerprints[1],
-            objectives=("reward", *self.config.constraint.utilities),
+            objectives=self._labelled_objectives,
             validation=cast(Mode, files.validation),
             validation_share=files.validation_share,
             test_share=files.test_share,
@@ -177,19 +149,22 @@ class Lab:
             ("train", "validation"),
             samples=2 * world.pairs_per_prompt,
             sampling=world.sampling,
-            prompts=world.train_prompts + world.validation_prompts,
-            label="sample pairs",
+            label="pairs",
+            without=tuple(world.uncovered),
         )
-        return self._run(
-            stages.LABEL,
-            LabelSpec(("politeness",), world.pairs_per_prompt),
-            {
-                "data": self.data(),
-                "responses": responses,
-                "scores": self.score(responses, "gold", label="score pairs"),
-            },
-            "label pairs",
-        )
+        inputs = {"data": self.data(), "responses": responses, "scores": self.score(responses, "gold", label="pairs")}
+        return self._run(stages.LABEL, LabelSpec(("politeness",), world.pairs_per_prompt), inputs, "label pairs")
+
+    def pair_up(self, first: Node, second: Node, *, part: tuple[int, int], label: str) -> Node:
+        """Labelled pairs of two policies' responses to part `part[0]` of `part[1]` of the training prompts."""
+        inputs = {"data": self.data()}
+        for role, responses in (("first", first), ("second", second)):
+            inputs |= {role: responses, f"{role}_scores": self.score(responses, "gold", label=f"{role} of {label}")}
+        return self._run(stages.PAIR_UP, PairUpSpec(("politeness",), part), inputs, f"label {label}")
+
+    def join(self, parts: Sequence[Node], *, label: str) -> Node:
+        """Several pairs tables as one."""
+        return self._run(stages.JOIN, JoinSpec(), {f"part_{i}": p for i, p in enumerate(parts)}, f"join {label}")
 
     def prefer(
         self,
@@ -201,13 +176,28 @@ class Lab:
         beta: float,
         settings: PreferSettings,
         label: str,
+        labels: Node | None = None,
+        multipliers: Node | None = None,
+        bonus: Node | None = None,
+        bonus_weight: float = 0.0,
     ) -> Node:
-        """Preference training from `start` against `reference` (SACPO eqs. 6, 7); reference log-probs cached."""
-        cached = self._run(
-            stages.LOGPROBS,
-            LogProbsSpec("pairs", self._tokens, self.config.hardware.dtype, mismatched=settings.loss == "kto"),
-            {"policy": reference, "rows": pairs},
-            f"reference log-probs for {label}",
+        """Preference training from `start` against `reference` (SACPO eqs. 6, 7); reference log-probs cached.
+
+        Args:
+            start: Policy whose weights training starts from.
+            reference: Policy that the KL term refers to.
+            pairs: Preference pairs.
+            objective: Whose labels decide: "reward", a utility, or "lagrangian" with `labels`.
+            beta: KL weight; the problem's beta where `multipliers` divide it.
+            settings: Loss and optimiser.
+            label: Name of the stage.
+            labels: Labels from scores in place of the pairs' own.
+            multipliers: The KL weight is beta / lambda of `objective`; at lambda = 0 the reference is returned.
+            bonus: Exploration bonus of every response.
+            bonus_weight: alpha, the bonus's factor.
+        """
+        cached = self.pair_logprobs(
+            reference, pairs, label=f"reference log-probs for {label}", mismatched=settings.loss == "kto"
         )
         spec = PreferSpec(
             objective=objective,
@@ -220,14 +210,21 @@ class Lab:
             # what only KTO reads must not give DPO another key
             kto_labels=settings.kto_labels if settings.loss == "kto" else "preferred",
             kto_balance=settings.kto_balance or settings.loss != "kto",
+            soft=settings.soft and labels is not None,
+            bonus_weight=bonus_weight if bonus is not None else 0.0,
+            ratio_of=objective if multipliers is not None else None,
         )
         inputs = {"start": start, "reference": reference, "pairs": pairs, "reference_logprobs": cached}
+        extra = {"labels": labels, "multipliers": multipliers, "bonus": bonus if bonus_weight > 0 else None}
+        inputs |= {role: node for role, node in extra.items() if node is not None}
         return self._run(stages.PREFER, spec, inputs, label, hints=self._trainable)
 
     def merge(self, parts: Sequence[tuple[Node, float]], *, label: str) -> Node:
         """Linear merge of policies' weights; the weights sum to one."""
         inputs = {f"policy_{i}": node for i, (node, _) in enumerate(parts)}
         return self._run(stages.MERGE, MergeSpec(tuple(w for _, w in parts)), inputs, label)
+
+    # ---------------------------------------------------------------- looking at policies
 
     def sample(
         self,
@@ -236,22 +233,54 @@ class Lab:
         *,
         samples: int,
         sampling: SamplingConfig,
-        prompts: int,
         label: str,
+        without: tuple[str, ...] = (),
     ) -> Node:
-        """Responses of `policy` to the prompts of `splits` (`prompts`: how many a plan counts with)."""
+        """Responses of `policy` to the prompts of `splits`; listed answers are drawn from the policy on the list."""
+        hints = {"prompts": float(sum(map(self._prompts_of, splits)))}
+        if self._answers_are_listed:
+            inputs = {"listed": self.listed(splits), "logprobs": self.listed_logprobs(policy, splits, label=label)}
+            return self._run(stages.DRAW, DrawSpec(splits, samples, without), inputs, f"sample {label}", hints=hints)
         spec = SampleSpec(splits, samples, sampling, self._tokens, self.config.hardware.dtype)
-        inputs = {"policy": policy, "data": self.data()}
-        return self._run(stages.SAMPLE, spec, inputs, label, hints={"prompts": float(prompts)})
+        return self._run(stages.SAMPLE, spec, {"policy": policy, "data": self.data()}, f"sample {label}", hints=hints)
+
+    def listed(self, splits: tuple[str, ...]) -> Node:
+        """Every listed answer to the prompts of `splits`."""
+        # the reference gives the tokenizer, which all policies share
+        inputs = {"data": self.data(), "policy": self.reference()}
+        spec = ListSpec(splits, self._tokens)
+        hints = {"prompts": float(sum(map(self._prompts_of, splits)))}
+        return self._run(stages.LIST, spec, inputs, f"list answers, {' and '.join(splits)}", hints=hints)
+
+    def listed_logprobs(self, policy: Node, splits: tuple[str, ...], *, label: str) -> Node:
+        """Log-probs of every listed answer under `policy`."""
+        spec = LogProbsSpec("responses", self._tokens, self.config.hardware.dtype)
+        inputs = {"policy": policy, "rows": self.listed(splits)}
+        return self._run(stages.LOGPROBS, spec, inputs, f"log-probs of {label} on the list, {' and '.join(splits)}")
 
     def score(self, responses: Node, scorer: str, *, label: str) -> Node:
         """Reward and utilities of responses."""
-        return self._run(stages.SCORE, ScoreSpec(scorer), {"responses": responses}, label)
+        return self._run(stages.SCORE, ScoreSpec(scorer), {"responses": responses}, f"score {label}")
+
+    def pair_scores(self, pairs: Node, scorer: str) -> Node:
+        """Reward and utilities of both responses of every pair."""
+        return self._run(stages.SCORE, ScoreSpec(scorer, "pairs"), {"responses": pairs}, f"score pairs with {scorer}")
 
     def logprobs(self, policy: Node, responses: Node, *, label: str) -> Node:
-        """Log-probs of sampled responses under `policy`."""
+        """Log-probs of sampled responses under `policy`; of listed ones renormalised on the list."""
+        if self._answers_are_listed:
+            listed = responses.inputs["listed"]
+            spec = LogProbsSpec("responses", self._tokens, self.config.hardware.dtype)
+            whole = self._run(stages.LOGPROBS, spec, {"policy": policy, "rows": listed}, f"{label}, on the list")
+            inputs = {"rows": responses, "listed": listed, "logprobs": whole}
+            return self._run(stages.LOOKUP, LookupSpec(), inputs, label)
         spec = LogProbsSpec("responses", self._tokens, self.config.hardware.dtype)
         return self._run(stages.LOGPROBS, spec, {"policy": policy, "rows": responses}, label)
+
+    def pair_logprobs(self, policy: Node, pairs: Node, *, label: str, mismatched: bool = False) -> Node:
+        """Log-probs of both responses of every pair under `policy`."""
+        spec = LogProbsSpec("pairs", self._tokens, self.config.hardware.dtype, mismatched=mismatched)
+        return self._run(stages.LOGPROBS, spec, {"policy": policy, "rows": pairs}, label)
 
     def evaluate(self, policy: Node, problem: Problem, *, label: str) -> Node:
         """Every metric of `policy` against the reference, on held-out prompts."""
@@ -273,130 +302,159 @@ class Lab:
         )
         return self._run(stages.EVALUATE, spec, inputs, f"evaluate {label}")
 
-    # ---------------------------------------------------------------- machinery
+    def certify(
+        self, policy: Node, problem: Problem, *, label: str, multipliers: Node | None = None
+    ) -> dict[str, Node]:
+        """Exact gaps of `policy` by split, on the training prompts (the problem posed) and on the reported ones.
+
+        Empty where answers are not listed, since nothing is exact there.
+        """
+        if not self._answers_are_listed:
+            return {}
+        found = {}
+        for split in ("train", self.config.evaluate.split):
+            inputs = {
+                "listed": self.listed((split,)),
+                "scores": self.score(
+                    self.listed((split,)), self.config.evaluate.scorer, label=f"list answers, {split}"
+                ),
+                "logprobs": self.listed_logprobs(policy, (split,), label=label),
+                "reference_logprobs": self.listed_logprobs(self.reference(), (split,), label="sft"),
+            }
+            inputs |= {} if multipliers is None else {"multipliers": multipliers}
+            spec = CertifySpec(ProblemSpec.of(problem))
+            found[split] = self._run(stages.CERTIFY, spec, inputs, f"certify {label}, {split}")
+        return found
+
+    # ---------------------------------------------------------------- the dual
+
+    def answers(
+        self, policy: Node, *, splits: tuple[str, ...], samples: int, sampling: SamplingConfig, label: str
+    ) -> tuple[Node, Node | None]:
+        """Responses that stand for `policy`: `samples` per prompt, or every listed answer and its log-probs."""
+        if self._answers_are_listed:
+            return self.listed(splits), self.listed_logprobs(policy, splits, label=label)
+        return self.sample(policy, splits, samples=samples, sampling=sampling, label=label), None
+
+    def implicit_scores(
+        self,
+        rows: Node,
+        reference: Node,
+        policies: Mapping[str, tuple[Node, float]],
+        *,
+        table: str,
+    ) -> Node:
+        """Scores implied by aligned policies: KL weight times log-ratio to the reference (CAN eq. 7).
+
+        Args:
+            rows: Pairs or responses.
+            reference: pi_ref.
+            policies: Objective -> (its aligned policy, the KL weight it was aligned with).
+            table: "pairs" or "responses".
+        """
+
+        def logprobs(policy: Node, name: str) -> Node:
+            label = f"log-probs of {name} on {rows.label}"
+            spec = LogProbsSpec(table, self._tokens, self.config.hardware.dtype)
+            return self._run(stages.LOGPROBS, spec, {"policy": policy, "rows": rows}, label)
+
+        inputs = {"rows": rows, "reference": logprobs(reference, "sft")}
+        inputs |= {name: logprobs(policy, f"aligned {name}") for name, (policy, _) in policies.items()}
+        spec = ImplicitSpec(table, tuple((name, weight) for name, (_, weight) in policies.items()))
+        return self._run(stages.IMPLICIT, spec, inputs, f"implicit scores of {rows.label}")
+
+    def solve_dual(self, problem: Problem, bank: Bank, *, solver: str) -> Node:
+        """lambda* for the problem's thresholds, on the reference's bank."""
+        ev = self.config.evaluate
+        spec = DualSpec(ProblemSpec.of(problem), solver, ev.level, min(ev.resamples, 500))
+        return self._run(stages.DUAL, spec, bank.inputs(), "dual")
+
+    def given(self, multipliers: Mapping[str, float], *, label: str = "given multipliers") -> Node:
+        """Multipliers that the configuration states."""
+        return self._run(stages.GIVEN, GivenSpec(tuple(multipliers.items())), {}, label, seed=0)
+
+    def average(self, multipliers: Sequence[Node], *, label: str) -> Node:
+        """Mean of several iterates' multipliers."""
+        inputs = {f"multipliers_{i:02d}": node for i, node in enumerate(multipliers)}
+        return self._run(stages.AVERAGE, AverageSpec(), inputs, label, seed=0)
+
+    def predict(self, problem: Problem, bank: Bank, multipliers: Node, *, label: str) -> Node:
+        """What the reference's bank says `multipliers` will achieve."""
+        ev = self.config.evaluate
+        spec = PredictSpec(ProblemSpec.of(problem), ev.level, ev.resamples)
+        return self._run(stages.PREDICT, spec, bank.inputs() | {"multipliers": multipliers}, f"predict {label}")
+
+    def slack(self, problem: Problem, own: Bank, reference: Bank, *, label: str) -> Node:
+        """Achieved minus requested margin of a policy (CAID eq. 5)."""
+        ev = self.config.evaluate
+        inputs = own.inputs() | reference.inputs("reference_")
+        spec = SlackSpec(ProblemSpec.of(problem), ev.level, ev.resamples)
+        return self._run(stages.SLACK, spec, inputs, f"slack {label}")
+
+    def annotate(self, scores: Node, problem: Problem, *, labels: int, draw: str, label: str) -> Node:
+        """Binary unsafe labels of scored responses, `labels` each."""
+        spec = AnnotateSpec(problem.utilities, labels, draw)
+        return self._run(stages.ANNOTATE, spec, {"scores": scores}, f"annotate {label}")
+
+    def estimated_slack(
+        self,
+        problem: Problem,
+        own: tuple[Node, Node],
+        reference: tuple[Node, Node],
+        *,
+        estimator: str,
+        clip: float,
+        rate_limits: Mapping[str, float],
+        label: str,
+    ) -> Node:
+        """Slack from binary labels; `own` and `reference` are (responses, their labels)."""
+        ev = self.config.evaluate
+        spec = CostSpec(ProblemSpec.of(problem), estimator, clip, tuple(rate_limits.items()), ev.level, ev.resamples)
+        inputs = {"responses": own[0], "labels": own[1]}
+        inputs |= {"reference_responses": reference[0], "reference_labels": reference[1]}
+        return self._run(stages.COST, spec, inputs, f"slack {label}")
+
+    def step(
+        self,
+        multipliers: Node,
+        slack: Node,
+        *,
+        step: float | None,
+        scale: float = 1.0,
+        upper: float | None = None,
+        curvature: Node | None = None,
+        label: str,
+    ) -> Node:
+        """Projected dual step; without a step size it comes from the Hessian of `curvature` (a solved dual)."""
+        inputs = {"multipliers": multipliers, "slack": slack}
+        if step is None:
+            assert curvature is not None  # by the settings' checks
+            inputs |= {"dual": curvature}
+        return self._run(stages.STEP, StepSpec(step, scale, upper), inputs, label)
+
+    def relabel(
+        self, pairs: Node, scores: Node, *, objective: str, kind: str, label: str,
+        multipliers: Node | None = None, scale: float = 1.0, draw: int = 0,
+    ) -> Node:  # fmt: skip
+        """Pseudo-preferences of pairs: by one score, or by r + <lambda, g>; `draw` names an independent draw."""
+        inputs = {"pairs": pairs, "scores": scores}
+        inputs |= {} if multipliers is None else {"multipliers": multipliers}
+        return self._run(stages.RELABEL, RelabelSpec(objective, kind, scale, draw), inputs, label)
+
+    def bonus(self, pairs: Node, *, dimension: int, ridge: float, label: str) -> Node:
+        """Exploration bonus ||phi||_{Sigma^-1} of both responses of every pair, on the reference's features."""
+        spec = FeaturesSpec(table="pairs", dimension=dimension, tokens=self._tokens, dtype=self.config.hardware.dtype)
+        inputs = {"policy": self.reference(), "rows": pairs}
+        features = self._run(stages.FEATURES, spec, inputs, f"features of {label}")
+        return self._run(stages.BONUS, BonusSpec(ridge), {"pairs": pairs, "features": features}, f"bonus of {label}")
+
+    def peek(self, node: Node, name: str) -> dict[str, Any] | None:
+        """A JSON file of an artifact; None in a plan that has not got it."""
+        return None if node.artifact is None else dict(node.artifact.json(name))
+
+    # ---------------------------------------------------------------- private
 
     def _answers(self, policy: Node, label: str) -> tuple[Node, Node]:
         ev = self.config.evaluate
-        responses = self.sample(
-            policy,
-            (ev.split,),
-            samples=ev.samples_per_prompt,
-            sampling=ev.sampling,
-            prompts=self._held_out(ev.split),
-            label=f"sample {label}",
-        )
-        return responses, self.score(responses, ev.scorer, label=f"score {label}")
-
-    def _held_out(self, split: str) -> int:
-        world, files = self.config.dataset.world, self.config.dataset.files
-        if world is not None:
-            return int(getattr(world, f"{split}_prompts"))
-        assert files is not None
-        return int(files.expected_pairs * getattr(files, f"{split}_share"))
-
-    @property
-    def _tokens(self) -> TokenSpec:
-        model = self.config.model
-        return TokenSpec(model.template, model.max_length, model.max_prompt_length)
-
-    # content is hashed once per run: a 7B model takes seconds
-
-    @cached_property
-    def _model_fingerprint(self) -> str:
-        model = self.config.model
-        assert model.path is not None
-        return model_fingerprint(model.path, model.revision)
-
-    @cached_property
-    def _data_fingerprints(self) -> tuple[str, str | None]:
-        """Of the pairs, and of the demonstrations where there are any."""
-        files = self.config.dataset.files
-        assert files is not None
-        shown = files.demonstrations
-        return data_fingerprint(_source(files.pairs)), None if shown is None else data_fingerprint(_source(shown))
-
-    @property
-    def _shape(self) -> ArchitectureConfig:
-        model = self.config.model
-        return model.architecture if model.path is None else shape_of(model.path, model.architecture)
-
-    @property
-    def _trainable(self) -> dict[str, float]:
-        """Trained weights of a LoRA stage, for the plan; empty where all weights train."""
-        lora = self.config.model.lora
-        return {"trainable": lora_parameter_count(self._shape, lora)} if lora.rank else {}
-
-    @property
-    def runtime(self) -> Runtime:
-        """Device, batch sizes and where outside inputs lie."""
-        model, files = self.config.model, self.config.dataset.files
-        locations: dict[str, Any] = {"model": model}
-        if files is not None:
-            locations["pairs"] = _source(files.pairs)
-            if files.demonstrations is not None:
-                locations["demonstrations"] = _source(files.demonstrations)
-        return Runtime(self.config.hardware, self.config.evaluate.every_steps, locations)
-
-    def _run(
-        self,
-        stage: Stage,
-        spec: Any,
-        inputs: Mapping[str, Node],
-        label: str,
-        *,
-        seed: int | None = None,
-        hints: Mapping[str, float] | None = None,
-    ) -> Node:
-        """The node of (stage, spec, inputs, seed): known, found in the store, or built now."""
-        identity = Identity(
-            stage=stage.name,
-            version=stage.version,
-            kind=stage.kind,
-            spec=spec,
-            inputs={role: node.key for role, node in inputs.items()},
-            seed=self.config.seed if seed is None else seed,
-        )
-        known = self.nodes.get(identity.key)
-        if known is not None:
-            return known
-        node = Node(stage, label, identity, dict(inputs), dict(hints or {}))
-        self._realise(node)
-        self.nodes[node.key] = node
-        return node
-
-    def _realise(self, node: Node) -> None:
-        """Fill in the node's artifact."""
-
-        def produce(workspace: Workspace) -> None:
-            log.info("%s: running (%s %s)", node.label, node.stage.name, node.key[:12])
-            node.stage.run(
-                Context(
-                    spec=node.identity.spec,
-                    inputs={role: source.result for role, source in node.inputs.items()},
-                    seed=node.identity.seed,
-                    out=workspace.out,
-                    work=workspace.work,
-                    cost=workspace.cost,
-                    runtime=self.runtime,
-                    on_metrics=lambda step, metrics: self.tracker.log(node.label, step, metrics),
-                )
-            )
-
-        started = time.perf_counter()
-        node.artifact, node.built = self.store.obtain(node.identity, produce)
-        if node.built:
-            node.seconds = time.perf_counter() - started
-            log.info("%s: done in %.1f s", node.label, node.seconds)
-        else:
-            log.info("%s: found in the store (%s)", node.label, node.key[:12])
-            if "log.jsonl" in node.artifact.manifest["files"]:
-                self.tracker.replay(node.label, node.artifact.jsonl("log.jsonl"))
-
-
-def _source(source: SourceConfig) -> Source:
-    return Source(path=source.path, config=source.config, split=source.split, revision=source.revision)
-
-
-def spec_of(node: Node) -> dict[str, Any]:
-    """A node's spec as plain containers, for records."""
-    return dict(plain(node.identity.spec))
+        responses = self.sample(policy, (ev.split,), samples=ev.samples_per_prompt, sampling=ev.sampling, label=label)
+        return responses, self.score(responses, ev.scorer, label=label)

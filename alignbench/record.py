@@ -13,7 +13,7 @@ from alignbench.methods import Outcome
 from alignbench.store import atomic_write_json, read_json
 
 SCHEMA = 1
-_COSTS = ("trained_tokens", "generated_tokens", "scored_tokens", "optimizer_steps", "seconds")
+_COSTS = ("trained_tokens", "generated_tokens", "scored_tokens", "optimizer_steps", "binary_labels", "seconds")
 _PEAKS = ("peak_rss_bytes", "peak_gpu_bytes")
 
 
@@ -23,6 +23,7 @@ def make_record(
     config: dict[str, Any],
     outcome: Outcome,
     evaluations: dict[str, Node],
+    certificates: dict[str, dict[str, Node]],
     nodes: dict[str, Node],
     versions: dict[str, Any],
     tuned_by: dict[str, Any] | None,
@@ -34,6 +35,7 @@ def make_record(
         config: Resolved configuration, without folders of this machine.
         outcome: What the recipe returned.
         evaluations: Evaluation node of each row, the reference's first.
+        certificates: Certificate node of each row by split; empty where answers are not listed.
         nodes: Every stage used, in order.
         versions: Package versions.
         tuned_by: The hyper-parameter search behind the settings, if the configuration names one.
@@ -52,14 +54,16 @@ def make_record(
         "outcome": {
             "reported": outcome.reported,
             "policies": {name: node.key for name, node in outcome.policies.items()},
-            "multipliers": outcome.multipliers,
+            "multipliers": multipliers_of(outcome, outcome.reported),
             "trajectory": outcome.trajectory,
             "diagnostics": outcome.diagnostics,
         },
         "rows": {
             name: {
-                "policy": node.inputs["responses"].inputs["policy"].key,
+                "policy": node.inputs["logprobs"].source("policy").key,
                 **node.result.json("metrics.json"),
+                **_foresight(outcome, name),
+                **_exact(certificates.get(name, {})),
             }
             for name, node in evaluations.items()
         },
@@ -68,6 +72,32 @@ def make_record(
         "stages": [_stage(node) for node in nodes.values()],
         "tuned_by": tuned_by,
     }
+
+
+def multipliers_of(outcome: Outcome, row: str) -> dict[str, float]:
+    """The multiplier of a row's policy: stated by the settings, solved, or stepped to; empty where there is none."""
+    if row in outcome.duals:
+        return dict(outcome.duals[row].result.json("multipliers.json")["multipliers"])
+    return dict(outcome.multipliers) if row == outcome.reported else {}
+
+
+def _foresight(outcome: Outcome, row: str) -> dict[str, Any]:
+    """A row's multiplier, and what the bank predicted for it before anything was trained."""
+    found: dict[str, Any] = {}
+    multipliers = multipliers_of(outcome, row)
+    if multipliers:
+        found["multipliers"] = multipliers
+    if row in outcome.predictions:
+        prediction = outcome.predictions[row].result.json("prediction.json")
+        kept = ("margins", "intervals", "reward", "kl", "ess_mean", "ess_low")
+        found["predicted"] = {name: prediction[name] for name in kept}
+    return found
+
+
+def _exact(certificates: dict[str, Node]) -> dict[str, Any]:
+    """A row's certificate by split, where answers are listed."""
+    found = {split: node.result.json("certificate.json") for split, node in certificates.items()}
+    return {"certificate": found} if found else {}
 
 
 def portable(value: Any) -> Any:
@@ -110,6 +140,11 @@ def cost(nodes: dict[str, Node], outcome: Outcome) -> dict[str, Any]:
         "total": total,
         "peak": {name: value for name, value in peaks.items() if value},
         "policies_trained": sum(node.stage.name in ("sft", "prefer") for node in nodes.values()),
+        "models_trained": len(outcome.models),
+        "models": list(outcome.models),
+        "models_in_memory_while_training": max(
+            (node.result.manifest["cost"].get("policies_in_memory", 0.0) for node in nodes.values()), default=0.0
+        ),
         "stages": len(nodes),
         "stages_built_now": sum(node.built for node in nodes.values()),
         "seconds_now": sum(node.seconds for node in nodes.values()),

@@ -22,6 +22,7 @@ from alignbench.methods import Outcome, find_method
 from alignbench.plan import PlanLab, check_fits, show
 from alignbench.report.plot import trade_off
 from alignbench.report.table import markdown_table, terminal_table
+from alignbench.report.trajectory import trajectory
 from alignbench.store import Store, versions, write_jsonl
 from alignbench.tracking import Tracker
 
@@ -59,12 +60,13 @@ def execute(composed: DictConfig) -> float:
         device_of(config.hardware)  # a GPU that is not there is noticed before anything runs
     with tracker:
         lab = Lab(config, store, tracker)
-        outcome, evaluations = _recipe(lab, config, settings)
+        outcome, evaluations, certificates = _recipe(lab, config, settings)
         record = records.make_record(
             run_id=identity,
             config=records.portable(recorded(composed)),
             outcome=outcome,
             evaluations=evaluations,
+            certificates=certificates,
             nodes=lab.nodes,
             versions=versions(),
             tuned_by=tuned_by,
@@ -78,12 +80,17 @@ def execute(composed: DictConfig) -> float:
     return 0.0 if reward is None else float(reward["mean"])
 
 
-def _recipe(lab: Lab, config: Config, settings: Any) -> tuple[Outcome, dict[str, Node]]:
-    """The method, then the evaluation of the reference and of every policy that it names."""
+def _recipe(lab: Lab, config: Config, settings: Any) -> tuple[Outcome, dict[str, Node], dict[str, dict[str, Node]]]:
+    """The method, then the evaluation (and certificate) of the reference and of every policy that it names."""
     problem = problem_of(config.constraint)
     outcome = find_method(settings.name).recipe(lab, problem, settings)
     policies = {"sft": lab.reference()} | outcome.policies
-    return outcome, {name: lab.evaluate(node, problem, label=name) for name, node in policies.items()}
+    evaluations = {name: lab.evaluate(node, problem, label=name) for name, node in policies.items()}
+    certificates = {
+        name: lab.certify(node, problem, label=name, multipliers=outcome.duals.get(name))
+        for name, node in policies.items()
+    }
+    return outcome, evaluations, certificates
 
 
 def _tuning(path: str | None, composed: DictConfig) -> dict[str, Any] | None:
@@ -124,6 +131,8 @@ def _report(record: dict[str, Any], folder: Path, console: Console, tracker: Tra
     if utility in next(iter(record["rows"].values()))["metrics"]:
         trade_off([record], folder / "trade_off", utility=utility)
         tracker.image("trade_off", folder / "trade_off.png")
+    if trajectory(record, folder / "trajectory"):
+        tracker.image("trajectory", folder / "trajectory.png")
 
 
 def _generations(lab: Lab, evaluations: dict[str, Node], folder: Path, tracker: Tracker, count: int = 12) -> None:
@@ -146,6 +155,11 @@ def _generations(lab: Lab, evaluations: dict[str, Node], folder: Path, tracker: 
         tracker.table("generations", columns, [[row.get(c) for c in columns] for row in rows.values()])
 
 
+def _trajectory_line(record_path: Path) -> str:
+    picture = record_path.with_name("trajectory.png")
+    return f"trajectory:  {picture}\n" if picture.exists() else ""
+
+
 def _say_where(record: dict[str, Any], path: Path, console: Console) -> None:
     cost = record["cost"]
     picture = path.with_name("trade_off.png")
@@ -154,6 +168,7 @@ def _say_where(record: dict[str, Any], path: Path, console: Console) -> None:
         f"record:      {path}\n"
         f"table:       {path.with_name('table.md')}\n"
         f"picture:     {picture if picture.exists() else 'none without scores'}\n"
+        f"{_trajectory_line(path)}"
         f"generations: {path.with_name('generations.jsonl')}\n"
         f"policy:      artifact {record['outcome']['policies'][record['outcome']['reported']]} in the store",
         highlight=False,

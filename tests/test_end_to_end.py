@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from tiny_runs import (
+    STATED,
     TINY_EVALUATION,
     Run,
     command,
@@ -82,8 +83,8 @@ def test_kill_9_and_the_same_command_again_end_at_the_same_bits(
 def test_two_processes_on_one_store_build_every_stage_once(tiny: Run, tmp_path: Path) -> None:
     store = tmp_path / "store"
     with (
-        started(command(store, tmp_path / "a"), tmp_path / "a.log") as one,
-        started(command(store, tmp_path / "b"), tmp_path / "b.log") as other,
+        started(command(store, tmp_path / "a", STATED), tmp_path / "a.log") as one,
+        started(command(store, tmp_path / "b", STATED), tmp_path / "b.log") as other,
     ):
         one.finish()
         other.finish()
@@ -368,6 +369,6 @@ def test_a_command_line_error_is_short_and_has_no_traceback(tmp_path: Path) -> N
 
 def test_a_log_is_written_in_the_runs_folder(tiny: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        run(tiny.store, tmp_path / "out")
-    said = [r.getMessage() for r in caplog.records if r.name == "alignbench.lab"]
+        run(tiny.store, tmp_path / "out", STATED)
+    said = [r.getMessage() for r in caplog.records if r.name == "alignbench.lab_base"]
     assert len([text for text in said if "found in the store" in text]) == len(tiny.labels)

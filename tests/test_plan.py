@@ -140,9 +140,16 @@ def test_methods_share_the_stages_that_they_have_in_common(tmp_path: Path) -> No
     assert {"world", "sft", "label pairs", "prefer reward", "evaluate sft"} <= shared
 
 
-def test_a_sweep_over_thresholds_repeats_the_evaluations_alone(tmp_path: Path) -> None:
-    one, other = (plan(tmp_path, "debug=tiny", f"constraint.thresholds=[{t}]") for t in (0.5, 0.75))
-    assert {node.stage.name for key, node in other.nodes.items() if key not in one.nodes} == {"evaluate"}
+def test_a_sweep_over_thresholds_repeats_only_what_hangs_on_them(tmp_path: Path) -> None:
+    def repeated(*overrides: str) -> list[str]:
+        lab = [plan(tmp_path, "debug=tiny", f"constraint.thresholds=[{t}]", *overrides) for t in (0.5, 0.75)]
+        return [node.label for key, node in lab[1].nodes.items() if key not in lab[0].nodes]
+
+    rows = ["evaluate sft", "evaluate step reward", "evaluate sacpo"]
+    assert repeated("method.beta_over_lambda=[0.5]") == rows
+    # with the dual's multiplier the second step hangs on them too; the bank and the first step do not
+    own = [f"{what} sacpo" for what in ("predict", "sample", "score", "log-probs", "log-probs of sft on")]
+    assert sorted(repeated()) == sorted(["dual", "prefer reward -> safety", *own, *rows])
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tiny_runs import TOP, Run, run, shared_tiny
+from tiny_runs import STATED, TOP, Run, run, shared_tiny
 
 from alignbench import __version__
 from alignbench.record import SCHEMA, git_commit, portable, read_records, write_record
@@ -31,7 +31,7 @@ def test_what_is_in_it(tiny: Run) -> None:
     config = record["config"]
     groups = {"method", "model", "dataset", "constraint", "hardware", "evaluate", "tracking"}
     assert set(config) == groups | {"seed", "plan", "tuned_by"}  # all of it, but for Hydra's part and local folders
-    assert config["constraint"]["thresholds"] == [0.5]
+    assert config["constraint"]["thresholds"] == [0.1]
     assert (config["hardware"]["dtype"], config["hardware"]["zero_stage"]) == ("fp32", 0)
     assert (record["method"], record["seed"]) == ("sacpo", 0)
     assert record["run_id"] == tiny.folder.name
@@ -82,7 +82,7 @@ def test_tokens_are_those_of_the_tables(tiny: Run) -> None:
 
 
 def test_a_second_runs_cost_counts_from_nothing(tiny: Run, tmp_path: Path) -> None:
-    again = run(tiny.store, tmp_path / "out").record
+    again = run(tiny.store, tmp_path / "out", STATED).record
     assert again["cost"]["total"] == tiny.record["cost"]["total"]
     assert again["cost"]["stages_built_now"] == 0
 
@@ -123,6 +123,6 @@ def test_generations_show_every_policy_on_the_same_prompts(tiny: Run) -> None:
 def test_a_named_search_goes_into_the_record(tiny: Run, tmp_path: Path, beta: float, followed: bool) -> None:
     search = {"what": "a search", "chosen": {"sacpo": {"constraint.beta": beta}}, "rows": [{"kl": 1.0}]}
     (tmp_path / "search.json").write_text(json.dumps(search))
-    done = run(tiny.store, tmp_path / "out", f"tuned_by={tmp_path / 'search.json'}")
+    done = run(tiny.store, tmp_path / "out", STATED, f"tuned_by={tmp_path / 'search.json'}")
     assert done.record["tuned_by"] == {"file": "search.json", "followed": followed, **search}
     assert done.record["run_id"] == tiny.record["run_id"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import wandb
-from tiny_runs import PATIENCE_S, Run, command, run, science, shared_tiny, started
+from tiny_runs import PATIENCE_S, STATED, Run, command, run, science, shared_tiny, started
 from wandb.proto import wandb_internal_pb2 as proto
 
 from alignbench.config import TrackingConfig
@@ -125,7 +125,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 @pytest.fixture(scope="module")
 def mirrored(tiny: Run, tmp_path_factory: pytest.TempPathFactory) -> Run:
     """A run whose stages are all found: W&B shows it whole all the same."""
-    return run(tiny.store, tmp_path_factory.mktemp("mirrored"), OFFLINE, "tracking.tags=[nice]")
+    return run(tiny.store, tmp_path_factory.mktemp("mirrored"), STATED, OFFLINE, "tracking.tags=[nice]")
 
 
 def test_an_offline_run_lies_in_the_run_folder_and_is_finished(mirrored: Run) -> None:
@@ -211,7 +211,7 @@ def test_init_that_fails_costs_one_warning(
         raise wandb.errors.CommError("no network")
 
     monkeypatch.setattr(wandb, "init", refuse)
-    done = run(tiny.store, tmp_path / "out", OFFLINE)
+    done = run(tiny.store, tmp_path / "out", STATED, OFFLINE)
     assert science(done.record) == science(tiny.record)
     (warning,) = warnings_of(caplog)
     assert "no network" in warning
@@ -248,7 +248,7 @@ def test_a_call_that_fails_costs_one_warning_and_the_run_is_still_closed(
 
     broken = Broken()
     monkeypatch.setattr(wandb, "init", lambda **_: broken)
-    done = run(tiny.store, tmp_path / "out", OFFLINE)
+    done = run(tiny.store, tmp_path / "out", STATED, OFFLINE)
     assert science(done.record) == science(tiny.record)
     assert broken.calls.count(missing) == 1  # after a failure it is left in peace
     assert broken.calls[-1] == "finish 0"
@@ -262,7 +262,7 @@ def test_a_folder_that_wandb_cannot_write_to_costs_no_result(
     out = tmp_path / "out"
     (out / tiny.folder.name).mkdir(parents=True)
     (out / tiny.folder.name / "wandb").write_text("a file is in the way")
-    done = run(tiny.store, out, OFFLINE)
+    done = run(tiny.store, out, STATED, OFFLINE)
     assert science(done.record) == science(tiny.record)
     assert len(warnings_of(caplog)) <= 1
     assert wandb.run is None
@@ -272,7 +272,7 @@ def test_an_import_that_fails_costs_one_warning(
     tiny: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    done = run(tiny.store, tmp_path / "out", OFFLINE)
+    done = run(tiny.store, tmp_path / "out", STATED, OFFLINE)
     assert science(done.record) == science(tiny.record)
     assert len(warnings_of(caplog)) == 1
 

@@ -33,7 +33,9 @@ from alignbench.tracking import Tracker
 
 TOP = Path(__file__).resolve().parents[1]
 # one thread: the same bits in this process and in others, whatever the machine has
-TINY = ("debug=tiny", "hardware.threads=1", "constraint.thresholds=[0.5]", "constraint.beta=0.5")
+TINY = ("debug=tiny", "hardware.threads=1", "constraint.thresholds=[0.1]", "constraint.beta=0.5")
+# SACPO with a stated multiplier: then only the evaluations know the thresholds, and no bank is sampled
+STATED = "method.beta_over_lambda=[0.5]"
 # like `debug=tiny`, for runs on files
 TINY_EVALUATION = (
     "hardware.threads=1",
@@ -116,7 +118,7 @@ def plan(
     config, settings = resolve(compose(*base, f"store_dir={store}", *overrides))
     tracker = Tracker(config.tracking, run_id="x", group="x", job_type="x", config={}, folder=store.with_name("none"))
     lab = PlanLab(config, Store(store), tracker)
-    outcome, evaluations = _recipe(lab, config, settings)
+    outcome, evaluations, _ = _recipe(lab, config, settings)
     labels = [node.label for node in lab.nodes.values()]
     assert len(labels) == len(set(labels)), "two stages of one run share a label"
     return lab, outcome, evaluations, {node.label: node for node in lab.nodes.values()}
@@ -203,8 +205,8 @@ _SHARED: list[Run] = []
 
 
 def shared_tiny(factory: pytest.TempPathFactory) -> Run:
-    """The default method on the tiny world, run once in a session. Read only."""
+    """SACPO with a stated multiplier on the tiny world, run once in a session. Read only."""
     if not _SHARED:
         folder = factory.mktemp("tiny")
-        _SHARED.append(run(folder / "store", folder / "out"))
+        _SHARED.append(run(folder / "store", folder / "out", STATED))
     return _SHARED[0]

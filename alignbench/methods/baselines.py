@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from alignbench.errors import ConfigError
 from alignbench.methods.recipe import Outcome, method
-from alignbench.methods.steps import StepSettings
+from alignbench.methods.steps import StepSettings, train
 from alignbench.problem import Problem
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class SingleSettings:
 
     def check(self, config: Config) -> None:
         """Refuse a step that cannot train."""
-        self.step.check("method.step")
+        self.step.check("method.step", config)
         if self.beta is not None and self.beta <= 0:
             raise ConfigError(f"beta = {self.beta}", where="method.beta", mend="a positive number, or null")
 
@@ -65,13 +65,14 @@ def dpo_safe(lab: Lab, problem: Problem, settings: SingleSettings) -> Outcome:
 
 def _single(lab: Lab, problem: Problem, settings: SingleSettings, name: str, objective: str) -> Outcome:
     reference = lab.reference()
-    policy = lab.prefer(
+    policy = train(
+        lab,
         reference,
         reference,
         lab.pairs(),
         objective=objective,
         beta=problem.beta if settings.beta is None else settings.beta,
-        settings=settings.step.prefer(),
+        step=settings.step,
         label=f"prefer {objective}",
     )
-    return Outcome({name: policy}, name)
+    return Outcome({name: policy}, name, models=(objective,))

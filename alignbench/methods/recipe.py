@@ -20,16 +20,22 @@ class Outcome:
     Attributes:
         policies: Every policy worth a row in the table, by its row's name, in the order of making.
         reported: Name of the row that is the method's result.
-        multipliers: lambda of each utility, where the method has one.
+        multipliers: lambda of each utility, where the settings state it.
+        duals: Multipliers of a row's policy, where they are an artifact (solved, or stepped to).
+        predictions: What the reference's bank predicted for a row before its policy was trained.
         trajectory: One entry per iteration, for iterative methods.
         diagnostics: Anything else that belongs in the record.
+        models: The distinct models that the method needs trained besides pi_ref, for the cost table.
     """
 
     policies: dict[str, Node]
     reported: str
     multipliers: dict[str, float] = field(default_factory=dict)
+    duals: dict[str, Node] = field(default_factory=dict)
+    predictions: dict[str, Node] = field(default_factory=dict)
     trajectory: list[dict[str, Any]] = field(default_factory=list)
     diagnostics: dict[str, Any] = field(default_factory=dict)
+    models: tuple[str, ...] = ()
 
 
 Recipe = Callable[["Lab", Problem, Any], Outcome]

@@ -1,23 +1,47 @@
 """Stages: pure functions (spec, inputs, seed) -> artifact. Importing this package registers all of them."""
 
-from alignbench.stages.data import LABEL, READ, WORLD
+from alignbench.stages.certify import CERTIFY
+from alignbench.stages.data import LABEL, PAIR_UP, READ, WORLD
+from alignbench.stages.dualize import AVERAGE, COST, DUAL, GIVEN, PREDICT, SLACK, STEP
 from alignbench.stages.evaluate import EVALUATE
+from alignbench.stages.explore import BONUS, FEATURES, JOIN
+from alignbench.stages.listed import DRAW, LIST, LISTED_WORLD, LOOKUP
 from alignbench.stages.measure import LOGPROBS, SAMPLE, SCORE
 from alignbench.stages.policies import BASE, MERGE, PREFER, SFT
+from alignbench.stages.relabel import ANNOTATE, IMPLICIT, RELABEL
 from alignbench.stages.stage import STAGES, Context, Estimate, Facts, Runtime, Stage
 
 __all__ = [
+    "ANNOTATE",
+    "AVERAGE",
     "BASE",
+    "BONUS",
+    "CERTIFY",
+    "COST",
+    "DRAW",
+    "DUAL",
     "EVALUATE",
+    "FEATURES",
+    "GIVEN",
+    "IMPLICIT",
+    "JOIN",
     "LABEL",
+    "LIST",
+    "LISTED_WORLD",
     "LOGPROBS",
+    "LOOKUP",
     "MERGE",
+    "PAIR_UP",
+    "PREDICT",
     "PREFER",
     "READ",
+    "RELABEL",
     "SAMPLE",
     "SCORE",
     "SFT",
+    "SLACK",
     "STAGES",
+    "STEP",
     "WORLD",
     "Context",
     "Estimate",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -131,48 +131,82 @@ class LabelSpec:
 
 def _label(ctx: Context) -> None:
     spec: LabelSpec = ctx.spec
+    responses = ctx.inputs["responses"].jsonl("responses.jsonl")
+    scores = ctx.inputs["scores"].jsonl("scores.jsonl")
+    by_sample = {(r["prompt_id"], r["sample"]): i for i, r in enumerate(responses)}
+    candidates = [
+        tuple((responses[i], scores[i]) for i in (by_sample[prompt_id, 2 * k], by_sample[prompt_id, 2 * k + 1]))
+        for prompt_id in dict.fromkeys(r["prompt_id"] for r in responses)
+        for k in range(spec.pairs_per_prompt)
+    ]
+    _write_labelled(ctx, candidates, spec.utilities)
+
+
+Candidate = tuple[tuple[dict[str, Any], dict[str, float]], ...]
+
+
+def _write_labelled(ctx: Context, candidates: Sequence[Candidate], utilities: tuple[str, ...]) -> None:
+    """Label pairs of (response, scores) by the world's annotators, and write them in PKU-SafeRLHF's schema."""
     names = [f.name for f in fields(handbook.Prompt)]
     prompts = {
         row["prompt_id"]: handbook.Prompt(**{name: row[name] for name in names})
         for row in ctx.inputs["data"].jsonl("prompts.jsonl")
     }
-    responses = ctx.inputs["responses"].jsonl("responses.jsonl")
-    scores = ctx.inputs["scores"].jsonl("scores.jsonl")
-    by_sample = {(r["prompt_id"], r["sample"]): i for i, r in enumerate(responses)}
-    firsts = [
-        (prompt_id, 2 * k)
-        for prompt_id in dict.fromkeys(r["prompt_id"] for r in responses)
-        for k in range(spec.pairs_per_prompt)
-    ]
-    index = np.array([[by_sample[p, s], by_sample[p, s + 1]] for p, s in firsts])
 
     def of(name: str) -> np.ndarray:
-        return np.array([score[name] for score in scores])[index]
+        return np.array([[score[name] for _, score in sides] for sides in candidates])
 
     labels = annotate.label_pairs(
         of("reward"),
         cost_from_utility(of("safety")),
-        {u: of(u) for u in spec.utilities if u != "safety"},
+        {u: of(u) for u in utilities if u != "safety"},
         np.random.default_rng(derive_seed(ctx.seed, "label")),
     )
     rows = []
-    for n, ((prompt_id, _), (first, second)) in enumerate(zip(firsts, index, strict=True)):
-        texts = (responses[first]["response"], responses[second]["response"])
+    for n, ((first, _), (second, _)) in enumerate(candidates):
+        texts = (first["response"], second["response"])
         if texts[0].strip() == texts[1].strip() or not all(t.strip() for t in texts):
             continue  # nothing to compare: an annotator would be shown the same answer twice
-        prompt = prompts[prompt_id]
+        prompt = prompts[first["prompt_id"]]
         row = annotate.pku_row(prompt, texts, labels, n, fields=16, utilities=True)
-        rows.append(row | {"prompt_id": prompt_id, "split": prompt.split, "kind": prompt.kind})
+        rows.append(row | {"prompt_id": prompt.prompt_id, "split": prompt.split, "kind": prompt.kind})
     if not rows:
         raise DataError(
             "no pair of different answers was sampled",
             where="dataset.world",
             mend="raise dataset.world.pairs_per_prompt, or the sampling temperature",
         )
-    kept, report = check_pairs(rows, where="the sampled pairs", objectives=("reward", "safety", *spec.utilities))
+    kept, report = check_pairs(rows, where="the sampled pairs", objectives=("reward", "safety", *utilities))
     write_jsonl(ctx.out / "pairs.jsonl", kept)
-    statistics = report.to_dict() | {"identical_or_empty": len(firsts) - len(rows)}
+    statistics = report.to_dict() | {"identical_or_empty": len(candidates) - len(rows)}
     write_json(ctx.out / "report.json", statistics)
+
+
+@dataclass(frozen=True)
+class PairUpSpec:
+    """Pairs of two policies' responses, sample k of the first against sample k of the second.
+
+    Attributes:
+        utilities: Utilities to label besides the reward.
+        part: (k, n): only every n-th prompt, starting at the k-th; a round of online training has its own.
+    """
+
+    utilities: tuple[str, ...]
+    part: tuple[int, int]
+
+
+def _pair_up(ctx: Context) -> None:
+    which, parts = ctx.spec.part
+    sides = []
+    for role in ("first", "second"):
+        responses = ctx.inputs[role].jsonl("responses.jsonl")
+        scores = ctx.inputs[f"{role}_scores"].jsonl("scores.jsonl")
+        sides.append({(r["prompt_id"], r["sample"]): (r, s) for r, s in zip(responses, scores, strict=True)})
+    order = {prompt: i for i, prompt in enumerate(dict.fromkeys(prompt for prompt, _ in sides[0]))}
+    candidates = [
+        (sides[0][key], sides[1][key]) for key in sides[0] if order[key[0]] % parts == which and key in sides[1]
+    ]
+    _write_labelled(ctx, candidates, ctx.spec.utilities)
 
 
 def _label_estimate(
@@ -183,3 +217,15 @@ def _label_estimate(
 
 
 LABEL = register(Stage("label", 1, "pairs", LabelSpec, _label, _label_estimate))
+PAIR_UP = register(
+    Stage(
+        "pair_up",
+        1,
+        "pairs",
+        PairUpSpec,
+        _pair_up,
+        lambda spec, inputs, runtime, hints: Estimate(
+            Facts(rows=inputs["first"].rows / spec.part[1], tokens=2 * inputs["first"].tokens)
+        ),
+    )
+)

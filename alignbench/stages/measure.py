@@ -120,29 +120,49 @@ SAMPLE = register(Stage("sample", 1, "responses", SampleSpec, _sample, _sample_e
 
 @dataclass(frozen=True)
 class ScoreSpec:
-    """Reward and utilities of responses by a named scorer."""
+    """Reward and utilities by a named scorer.
+
+    Attributes:
+        scorer: Its name.
+        table: "responses" (one number per score and row) or "pairs" (two: of response 0 and of response 1).
+    """
 
     scorer: str
+    table: str = "responses"
 
 
 def _score(ctx: Context) -> None:
-    rows = ctx.inputs["responses"].jsonl("responses.jsonl")
+    paired = ctx.spec.table == "pairs"
+    rows = ctx.inputs["responses"].jsonl(f"{ctx.spec.table}.jsonl")
+    prompts = [r["prompt"] for r in rows]
     started = time.perf_counter()
-    scores = find_scorer(ctx.spec.scorer)([r["prompt"] for r in rows], [r["response"] for r in rows])
+    columns = ("response_0", "response_1") if paired else ("response",)
+    sides = [_finite_scores(ctx.spec.scorer, prompts, [r[column] for r in rows]) for column in columns]
+    write_jsonl(
+        ctx.out / "scores.jsonl",
+        [
+            {
+                name: [float(side[name][i]) for side in sides] if paired else float(sides[0][name][i])
+                for name in sides[0]
+            }
+            for i in range(len(rows))
+        ],
+    )
+    ctx.cost["scored_responses"] = float(len(rows) * len(sides))
+    ctx.cost["seconds"] = time.perf_counter() - started
+
+
+def _finite_scores(scorer: str, prompts: list[str], responses: list[str]) -> dict[str, np.ndarray]:
+    scores = find_scorer(scorer)(prompts, responses)
     for name, values in scores.items():
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
             raise DataError(
-                f"scorer {ctx.spec.scorer!r} gave {len(bad)} {name} value(s) that are not finite",
+                f"scorer {scorer!r} gave {len(bad)} {name} value(s) that are not finite",
                 where=f"response rows {bad[:3].tolist()}",
                 mend="mend the scorer, or drop those responses",
             )
-    write_jsonl(
-        ctx.out / "scores.jsonl",
-        [{name: float(values[i]) for name, values in scores.items()} for i in range(len(rows))],
-    )
-    ctx.cost["scored_responses"] = float(len(rows))
-    ctx.cost["seconds"] = time.perf_counter() - started
+    return scores
 
 
 SCORE = register(

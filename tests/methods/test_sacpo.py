@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_runs import Run, plan, run, shared_tiny
+from tiny_runs import STATED, Run, plan, run, shared_tiny
 
 from alignbench.data.schema import label_column
 from alignbench.errors import ConfigError
@@ -120,10 +120,10 @@ def test_ipo_and_kto_in_either_step(tiny: Run, tmp_path: Path, first: str, secon
 
 
 def test_kto_can_label_by_the_safety_flags(tiny: Run, tmp_path: Path) -> None:
-    kto = ("method.safety_step.loss=kto", "method.safety_step.kto_labels=is_safe")
+    kto = (STATED, "method.safety_step.loss=kto", "method.safety_step.kto_labels=is_safe")
     store = tiny.copied(tmp_path / "store")
     flags = run(store, tmp_path / "a", *kto)
-    labels = run(store, tmp_path / "b", kto[0])
+    labels = run(store, tmp_path / "b", *kto[:2])
     assert flags.weights("prefer reward -> safety") != labels.weights("prefer reward -> safety")
 
 
@@ -182,8 +182,14 @@ def test_p_sacpo_of_two_utilities_merges_the_ends(tmp_path: Path) -> None:
         (["method.order=both_first"], "helpful_first or safe_first"),
         (["method.reward_step.loss=hinge"], "hinge"),
         (["method.safety_step.kto_labels=guess"], "preferred or is_safe"),
-        (["method=p_sacpo", "method.q=[0.5,1.5]"], "every q lies in [0, 1]"),
-        (["method=p_sacpo", "method.q=[0.5]"], "reported_q = 0.75"),
+        (["method=p_sacpo", "method.q=[0.5,1.5]"], "numbers in [0, 1]"),
+        (["method=p_sacpo", "method.q=[0.5]", "method.reported_q=0.75"], "reported_q = 0.75 is not among q = [0.5]"),
+        (["method=p_sacpo", "method.beta_over_lambda=null"], "conservative on purpose"),
+        (["method=p_sacpo", "dataset.world.validation_prompts=0"], "no validation prompt to choose q on"),
+        (["method.beta_over_lambda=[0.5]", "method.multipliers=[1]"], "both state lambda"),
+        (["method.multipliers=[1,1]"], "one number >= 0 per utility"),
+        (["method.multipliers=[-1]"], "one number >= 0 per utility"),
+        (["method.dual.splits=[test]"], "no result is reported on"),
         (["method=p_sacpo", "method.order=safe_first"], "method.order=helpful_first"),
     ],
 )

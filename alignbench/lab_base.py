@@ -1,0 +1,210 @@
+"""The machinery under the lab's verbs: nodes, keys, looking up or running a stage."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from alignbench.config import ArchitectureConfig, Config, SourceConfig
+from alignbench.data.readers import Source
+from alignbench.data.readers import fingerprint as data_fingerprint
+from alignbench.errors import ConfigError
+from alignbench.models.policy import fingerprint as model_fingerprint
+from alignbench.models.policy import shape_of
+from alignbench.stages.policies import lora_parameter_count
+from alignbench.stages.stage import Context, Runtime, Stage
+from alignbench.stages.tokens import TokenSpec
+from alignbench.store import Artifact, Identity, Store, Workspace, plain
+from alignbench.tracking import Tracker
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Node:
+    """One use of a stage: what it is, what it needs, and (once there) its artifact.
+
+    Attributes:
+        stage: The stage.
+        label: What the recipe calls it, for progress, W&B and the plan.
+        identity: Key material.
+        inputs: Nodes by role.
+        hints: Sizes that a plan counts with.
+        artifact: The result; None in a plan where it is not cached.
+        built: Whether this run built it.
+        seconds: Wall seconds this run spent on it (0 when found).
+    """
+
+    stage: Stage
+    label: str
+    identity: Identity
+    inputs: dict[str, Node]
+    hints: dict[str, float] = field(default_factory=dict)
+    artifact: Artifact | None = None
+    built: bool = False
+    seconds: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """The artifact's key."""
+        return self.identity.key
+
+    def source(self, role: str) -> Node:
+        """The nearest node of that role among the inputs and theirs (of listed answers the log-probs lie deeper)."""
+        node = self
+        while role not in node.inputs:
+            node = node.inputs["logprobs"]
+        return node.inputs[role]
+
+    @property
+    def result(self) -> Artifact:
+        """The artifact; an error in a plan that has not got it."""
+        if self.artifact is None:
+            raise ConfigError(f"{self.label} is not computed yet", where="plan", mend="run without plan=true")
+        return self.artifact
+
+
+@dataclass
+class LabBase:
+    """Runs stages for one configuration and one seed, through the store.
+
+    Attributes:
+        config: The run's configuration.
+        store: Where artifacts live.
+        tracker: Mirror of metrics.
+        nodes: Every stage used so far, by key, in order.
+    """
+
+    config: Config
+    store: Store
+    tracker: Tracker
+    nodes: dict[str, Node] = field(default_factory=dict)
+
+    @property
+    def _answers_are_listed(self) -> bool:
+        world = self.config.dataset.world
+        return world is not None and world.answers > 0
+
+    @property
+    def _labelled_objectives(self) -> tuple[str, ...]:
+        return ("reward", *self.config.constraint.utilities)
+
+    def _prompts_of(self, split: str) -> int:
+        """How many prompts of a split a plan counts with."""
+        world, files = self.config.dataset.world, self.config.dataset.files
+        if world is not None:
+            return int(getattr(world, f"{split}_prompts"))
+        assert files is not None
+        held_out = {"validation": files.validation_share, "test": files.test_share}
+        return int(files.expected_pairs * held_out.get(split, 1 - sum(held_out.values())))
+
+    @property
+    def _tokens(self) -> TokenSpec:
+        model = self.config.model
+        return TokenSpec(model.template, model.max_length, model.max_prompt_length)
+
+    # content is hashed once per run: a 7B model takes seconds
+
+    @cached_property
+    def _model_fingerprint(self) -> str:
+        model = self.config.model
+        assert model.path is not None
+        return model_fingerprint(model.path, model.revision)
+
+    @cached_property
+    def _data_fingerprints(self) -> tuple[str, str | None]:
+        """Of the pairs, and of the demonstrations where there are any."""
+        files = self.config.dataset.files
+        assert files is not None
+        shown = files.demonstrations
+        return data_fingerprint(_source(files.pairs)), None if shown is None else data_fingerprint(_source(shown))
+
+    @property
+    def _shape(self) -> ArchitectureConfig:
+        model = self.config.model
+        return model.architecture if model.path is None else shape_of(model.path, model.architecture)
+
+    @property
+    def _trainable(self) -> dict[str, float]:
+        """Trained weights of a LoRA stage, for the plan; empty where all weights train."""
+        lora = self.config.model.lora
+        return {"trainable": lora_parameter_count(self._shape, lora)} if lora.rank else {}
+
+    @property
+    def runtime(self) -> Runtime:
+        """Device, batch sizes and where outside inputs lie."""
+        model, files = self.config.model, self.config.dataset.files
+        locations: dict[str, Any] = {"model": model}
+        if files is not None:
+            locations["pairs"] = _source(files.pairs)
+            if files.demonstrations is not None:
+                locations["demonstrations"] = _source(files.demonstrations)
+        return Runtime(self.config.hardware, self.config.evaluate.every_steps, locations)
+
+    def _run(
+        self,
+        stage: Stage,
+        spec: Any,
+        inputs: Mapping[str, Node],
+        label: str,
+        *,
+        seed: int | None = None,
+        hints: Mapping[str, float] | None = None,
+    ) -> Node:
+        """The node of (stage, spec, inputs, seed): known, found in the store, or built now."""
+        identity = Identity(
+            stage=stage.name,
+            version=stage.version,
+            kind=stage.kind,
+            spec=spec,
+            inputs={role: node.key for role, node in inputs.items()},
+            seed=self.config.seed if seed is None else seed,
+        )
+        known = self.nodes.get(identity.key)
+        if known is not None:
+            return known
+        node = Node(stage, label, identity, dict(inputs), dict(hints or {}))
+        self._realise(node)
+        self.nodes[node.key] = node
+        return node
+
+    def _realise(self, node: Node) -> None:
+        """Fill in the node's artifact."""
+
+        def produce(workspace: Workspace) -> None:
+            log.info("%s: running (%s %s)", node.label, node.stage.name, node.key[:12])
+            node.stage.run(
+                Context(
+                    spec=node.identity.spec,
+                    inputs={role: source.result for role, source in node.inputs.items()},
+                    seed=node.identity.seed,
+                    out=workspace.out,
+                    work=workspace.work,
+                    cost=workspace.cost,
+                    runtime=self.runtime,
+                    on_metrics=lambda step, metrics: self.tracker.log(node.label, step, metrics),
+                )
+            )
+
+        started = time.perf_counter()
+        node.artifact, node.built = self.store.obtain(node.identity, produce)
+        if node.built:
+            node.seconds = time.perf_counter() - started
+            log.info("%s: done in %.1f s", node.label, node.seconds)
+        else:
+            log.info("%s: found in the store (%s)", node.label, node.key[:12])
+            if "log.jsonl" in node.artifact.manifest["files"]:
+                self.tracker.replay(node.label, node.artifact.jsonl("log.jsonl"))
+
+
+def _source(source: SourceConfig) -> Source:
+    return Source(path=source.path, config=source.config, split=source.split, revision=source.revision)
+
+
+def spec_of(node: Node) -> dict[str, Any]:
+    """A node's spec as plain containers, for records."""
+    return dict(plain(node.identity.spec))

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Methods x thresholds x seeds against the exact optimum (dataset=enumerable): one table, one picture, CAID's claim.
+# Stages that runs share (SFT, pairs, the helpful policy, log-probs on the list) are computed once, and the two sweeps
+# may run at the same time on one store.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-.venv/bin/python}
+out=${OUT:-outputs/certificate}
+grid='[-0.4],[-0.2],[0.0],[0.2],[0.4]'
+"$python" main.py -m output_dir="$out" experiment=certificate/mocan,certificate/sacpo,certificate/pd_dpo \
+    constraint.thresholds="$grid" seed=0,1,2 "$@"
+"$python" main.py -m output_dir="$out" experiment=certificate/mocaid constraint.thresholds="$grid" seed=0,1,2,3,4 "$@"
+"$python" -m alignbench.report certificates "$out" --split train
