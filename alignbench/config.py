@@ -429,6 +429,7 @@ def _check_dataset(config: Config) -> None:
             if getattr(data.world, name) < 1:
                 raise ConfigError(f"{name} must be at least 1", where=f"dataset.world.{name}", mend="raise it")
         _check_sampling(data.world.sampling, "dataset.world.sampling", config.model)
+        _check_listed(data.world)
         unknown = [name for name in config.constraint.utilities if name not in WORLD_UTILITIES]
         if unknown:
             raise ConfigError(
@@ -436,6 +437,24 @@ def _check_dataset(config: Config) -> None:
                 where="constraint.utilities",
                 mend=f"choose among: {', '.join(WORLD_UTILITIES)}",
             )
+
+
+def _check_listed(world: WorldConfig) -> None:
+    from alignbench.worlds.enumerable import FEATURES
+
+    if world.answers not in (0, *range(2, 65)):
+        raise ConfigError(
+            f"{world.answers} listed answers per prompt",
+            where="dataset.world.answers",
+            mend="0 (free text), or 2 to 64",
+        )
+    unknown = sorted(set(world.uncovered) - set(FEATURES))
+    if unknown or (world.uncovered and not world.answers):
+        raise ConfigError(
+            f"uncovered = {list(world.uncovered)} leaves nothing out",
+            where="dataset.world.uncovered",
+            mend=f"features of listed answers (dataset=enumerable): {', '.join(sorted(FEATURES))}",
+        )
 
 
 def _check_sampling(sampling: SamplingConfig, where: str, model: ModelConfig) -> None:

@@ -20,8 +20,10 @@ from alignbench.errors import ConfigError
 from alignbench.lab import Lab, Node
 from alignbench.methods import Outcome, find_method
 from alignbench.plan import PlanLab, check_fits, show
+from alignbench.report import certificates as certified
 from alignbench.report.plot import trade_off
 from alignbench.report.table import markdown_table, terminal_table
+from alignbench.report.thresholds import markdown
 from alignbench.report.trajectory import trajectory
 from alignbench.store import Store, versions, write_jsonl
 from alignbench.tracking import Tracker
@@ -123,7 +125,11 @@ def _report(record: dict[str, Any], folder: Path, console: Console, tracker: Tra
     """Table and picture of one run, made from its record alone."""
     title = f"{record['method']} on {record['config']['dataset']['name']}, seed {record['seed']}"
     console.print(terminal_table([record], title))
-    (folder / "table.md").write_text(markdown_table([record]), encoding="utf-8")
+    text = markdown_table([record])
+    if any("certificate" in row for row in record["rows"].values()):
+        console.print(certified.run_table(record))
+        text += f"\n{markdown(*certified.run_cells(record))}\n\n{certified.RUN_CAPTION}\n"
+    (folder / "table.md").write_text(text, encoding="utf-8")
     for name, row in record["rows"].items():
         for metric, value in row["metrics"].items():
             tracker.summary({f"{name}/{metric}": value["mean"]})

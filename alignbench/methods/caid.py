@@ -123,14 +123,18 @@ def _iterate(
     **options: Any,
 ) -> Outcome:
     """Algorithm 1, from the one-shot multiplier."""
-    one_shot = lab.solve_dual(problem, bank, solver=settings.dual.solver)
-    multipliers, policy = one_shot, lab.reference()
+    policy, one_shot = lab.reference(), None
+    if settings.multipliers is None or settings.dual_step is None:
+        one_shot = lab.solve_dual(problem, bank, solver=settings.dual.solver)
     if settings.multipliers is not None:
         multipliers = lab.given(dict(zip(problem.utilities, settings.multipliers, strict=True)))
+    else:
+        assert one_shot is not None  # solved above
+        multipliers = one_shot
     iterates: list[Iterate] = []
     for t in range(1, settings.iterations + 1):
         policy = relabel_and_train(  # (7): from the last iterate's weights, against pi_ref
-            lab, problem, policy, scores, multipliers, settings.step, f"{name} {t}", draw=t, **options
+            lab, problem, policy, scores, multipliers, settings.step, f"{name} {t}", draw=t - 1, **options
         )
         slack = lab.slack(problem, measured(policy, f"{name} {t}"), bank, label=f"{name} {t}")  # (5)
         iterates.append(Iterate(policy, multipliers, slack))
@@ -146,11 +150,13 @@ def _iterate(
     averaged = mean = None
     if settings.reported == "average":
         mean = lab.average([one.multipliers for one in iterates], label="average multiplier")
-        averaged = relabel_and_train(lab, problem, policy, scores, mean, settings.step, f"{name} average", **options)
+        averaged = relabel_and_train(
+            lab, problem, policy, scores, mean, settings.step, f"{name} average", draw=settings.iterations, **options
+        )
     outcome = report_iterates(lab, name, iterates, settings.reported, averaged, mean, every=settings.evaluate_iterates)
     outcome.predictions = {
         row: lab.predict(problem, bank, node, label=f"{name} {row}") for row, node in outcome.duals.items()
     }
     outcome.models = (name,)
-    outcome.diagnostics["dual"] = lab.peek(one_shot, "dual.json")
+    outcome.diagnostics["dual"] = None if one_shot is None else lab.peek(one_shot, "dual.json")
     return outcome

@@ -54,9 +54,9 @@ class PdDpoSettings:
         reward_step: Alignment on reward preferences.
         cost_step: Each round's alignment on cost preferences.
         rounds: K.
-        initial: lambda_1 of each utility.
-        dual_step: Step size; null takes Lambda / (clip sqrt(K)), the constant step of the projected subgradient
-            method's 1/sqrt(K) rate (ours; the paper's is not known to us).
+        initial: lambda_1 of each utility; one number serves all.
+        dual_step: Step size; null takes Lambda / (C_max sqrt(K)) with C_max the cost's clip, or 1 for a rate: the
+            constant step of the projected subgradient method's 1/sqrt(K) rate (ours; the paper's is unknown to us).
         upper: Lambda, bound of the projection.
         start: Round k starts from "previous" (round k-1's policy) or from "reward_policy"; with several utilities
             always from the latter, since their steps follow each other.
@@ -82,7 +82,7 @@ class PdDpoSettings:
         self.reward_step.check("method.reward_step", config)
         self.cost_step.check("method.cost_step", config)
         self.cost.check(config)
-        check_multipliers(self.initial, config, "method.initial")
+        check_multipliers(self.first(len(config.constraint.utilities)), config, "method.initial")
         if self.rounds < 1 or self.upper <= 0 or max(self.initial) > self.upper:
             raise ConfigError(
                 f"rounds {self.rounds}, upper {self.upper}, initial {list(self.initial)}",
@@ -98,10 +98,15 @@ class PdDpoSettings:
                 mend=f"start: previous or reward_policy; reported: {', '.join(REPORTED)}",
             )
 
+    def first(self, utilities: int) -> list[float]:
+        """lambda_1, one number per utility."""
+        return list(self.initial) * utilities if len(self.initial) == 1 else list(self.initial)
+
     @property
     def eta(self) -> float:
         """The dual step size."""
-        return self.upper / (self.cost.clip * self.rounds**0.5) if self.dual_step is None else self.dual_step
+        largest = 1.0 if self.cost.estimator == "rate" else self.cost.clip
+        return self.upper / (largest * self.rounds**0.5) if self.dual_step is None else self.dual_step
 
 
 @method("pd_dpo", PdDpoSettings)
@@ -192,7 +197,8 @@ def online_pd_dpo(lab: Lab, problem: Problem, settings: OnlinePdDpoSettings) -> 
             lab, problem, settings, reward_policy if k == 1 else start, reward_policy, multipliers, pairs, name, bonus,
             online.alpha_cost,
         )  # fmt: skip
-        fresh.append((policy, k))
+        if not last:  # nothing is gathered after the last round, nor for a policy at the average multiplier
+            fresh.append((policy, k))
         return policy
 
     return _rounds(lab, problem, settings, "online_pd_dpo", reference, primal)
@@ -238,7 +244,9 @@ def _cost_steps(
 
 def _rounds(lab: Lab, problem: Problem, settings: PdDpoSettings, name: str, first: Node, primal: Primal) -> Outcome:
     """K rounds of primal step, cost estimate, projected subgradient step."""
-    multipliers = lab.given(dict(zip(problem.utilities, settings.initial, strict=True)), label="first multipliers")
+    multipliers = lab.given(
+        dict(zip(problem.utilities, settings.first(len(problem.utilities)), strict=True)), label="first multipliers"
+    )
     reference = annotated(lab, problem, settings.cost, lab.reference(), "sft")
     iterates: list[Iterate] = []
     policy = first

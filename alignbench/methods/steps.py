@@ -366,6 +366,7 @@ def _entry(lab: Lab, iteration: int, one: Iterate) -> dict[str, Any] | None:
         return None
     return {
         "iteration": iteration,
+        "artifact": one.policy.key,
         "multipliers": stated["multipliers"],
         "at_bound": stated.get("at_bound", dict.fromkeys(stated["multipliers"])),
         "slack": measured["slack"],

@@ -53,8 +53,8 @@ MEASURES = (
     ("optimality_gap", "optimality gap", False),
     ("primal_dual_gap", "primal-dual gap", False),
     ("lambda_error", "|lambda - lambda*|", False),
-    ("r_opt", "R-OPT", False),
-    ("u_opt", "U-OPT", False),
+    ("reward_optimality", "R-OPT", False),
+    ("utility_optimality", "U-OPT", False),
     ("mass", "mass", True),
 )
 _GAIN, _GAP, _MARGINS = "gain_share", "constraint_gap_share", "margins"
@@ -426,3 +426,60 @@ def report(records: Sequence[Record], split: str, base: Path, console: Console) 
     named(base, ".md").write_text(markdown_report(lines, claims, split), encoding="utf-8")
     names = ", ".join(dict.fromkeys(str(record["config"]["dataset"]["name"]) for record in records))
     picture(lines, base, f"{names}: distance from the exact optimum, {split} prompts")
+
+
+# (heading, path in a certificate) of one run's own table
+_RUN_COLUMNS = (
+    ("gain share", ("gain_share",)),
+    ("constraint gap", ("constraint_gap",)),
+    ("optimality gap", ("optimality_gap",)),
+    ("primal-dual gap", ("primal_dual_gap",)),
+    ("|lambda - lambda*|", ("lambda_error",)),
+    ("R-OPT", ("reward_optimality",)),
+    ("its bound, Thm 4 / 3", ("bounds", "one_shot_reward"), ("bounds", "multi_shot_reward")),
+    ("U-OPT", ("utility_optimality",)),
+    ("its bound, Thm 4 / 3", ("bounds", "one_shot_utility"), ("bounds", "multi_shot_utility")),
+    ("M", ("bounds", "largest_score")),
+    ("L_D", ("bounds", "smoothness")),
+    ("mu_D", ("bounds", "strong_convexity")),
+    ("nu_1", ("bounds", "nu_l1")),
+    ("nu_KL", ("bounds", "nu_kl")),
+    ("mass", ("mass", "mean")),
+)
+
+
+def run_cells(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of one run's certificates: every policy on every split, bounds' parts beside the gaps."""
+    cells = []
+    for name, row in record["rows"].items():
+        for split, found in row.get("certificate", {}).items():
+            line = [f"{name} *" if name == record["outcome"]["reported"] else name, split]
+            line += [" / ".join(_plain(found, path) for path in paths) for _, *paths in _RUN_COLUMNS]
+            cells.append(line)
+    return ["policy", "prompts", *(heading for heading, *_ in _RUN_COLUMNS)], cells
+
+
+def _plain(certificate: Mapping[str, Any], path: Sequence[str]) -> str:
+    value: Any = certificate
+    for key in path:
+        value = None if value is None else value.get(key)
+    if isinstance(value, Mapping):
+        value = max((abs(v) for v in value.values() if v is not None), default=None)
+    return "-" if value is None else f"{value:z.3g}"
+
+
+RUN_CAPTION = (
+    "exact sums over the listed answers; several utilities: the largest; the bounds are CAID's with this policy's own "
+    "nu, a lower bound on the class's, so they are indicative; - where a quantity does not exist"
+)
+
+
+def run_table(record: Record) -> Table:
+    """One run's certificates for a terminal."""
+    headings, cells = run_cells(record)
+    table = Table(title="against the exact optimum", caption=RUN_CAPTION)
+    for heading in headings:
+        table.add_column(heading, justify="right", overflow="fold")
+    for line in cells:
+        table.add_row(*line)
+    return table

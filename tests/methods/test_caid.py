@@ -162,10 +162,7 @@ def test_pecaid_iterates_on_implied_scores(once: Once) -> None:
     assert done.record["cost"]["models_in_memory_while_training"] == 1
 
 
-@pytest.mark.parametrize(
-    "labels",
-    ["soft", pytest.param("bernoulli", marks=pytest.mark.xfail(reason="iteration 1 draws other labels", strict=True))],
-)
+@pytest.mark.parametrize("labels", ["soft", "bernoulli"])
 def test_one_iteration_is_mocan(once: Once, labels: str) -> None:
     settings = (*FAST, f"method.step.labels={labels}")
     iterated, one_shot = (

@@ -31,7 +31,7 @@ def unsafe(done: Run, label: str, role: str, utility: str = "safety") -> np.ndar
 
 
 def estimated_cost(labels: np.ndarray, clip: float) -> float:
-    """Mean over responses of ln(unsafe / safe), half a label on both sides, within the clip; equally many per prompt."""
+    """Mean over responses of ln(unsafe / safe), with half a label on both sides, within the clip."""
     m, yes = labels.shape[1], labels.sum(1, dtype=float)
     return float(np.clip(np.log(yes + 0.5) - np.log(m - yes + 0.5), -clip, clip).mean())
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from method_runs import BANK, bank_of, entry, margins_of, tilted
 from safetensors.numpy import load_file
 from tiny_runs import STATED, Run, plan, run, shared_tiny
 
@@ -172,6 +174,71 @@ def test_p_sacpo_of_two_utilities_merges_the_ends(tmp_path: Path) -> None:
     }
     assert merge.identity.spec.weights == (0.5, 0.5)
     assert outcome.multipliers == {"safety": 0.5, "politeness": 1.0}
+
+
+# ---------------------------------------------------------------- lambda from the dual, q from validation prompts
+
+
+def test_lambda_comes_from_the_dual_where_none_is_stated(tmp_path: Path) -> None:
+    _, outcome, _, nodes = plan(tmp_path, *TWO[:2], "constraint.beta=0.3")
+    solved = nodes["dual"]
+    assert solved.inputs == {"responses": nodes["sample bank"], "scores": nodes["score sample bank"]}
+    assert nodes["sample bank"].inputs["policy"] is nodes["sft"]
+    assert nodes["sample bank"].identity.spec.splits == ("train",)
+    assert_chained(nodes)
+    first, *utilities = (node for node in nodes.values() if node.stage.name == "prefer")
+    assert "multipliers" not in first.inputs
+    assert (first.identity.spec.beta, first.identity.spec.ratio_of) == (0.3, None)
+    for node, utility in zip(utilities, ("safety", "politeness"), strict=True):
+        assert node.inputs["multipliers"] is solved
+        assert (node.identity.spec.beta, node.identity.spec.ratio_of) == (0.3, utility)
+    assert outcome.duals == {"sacpo": solved}
+
+
+def test_the_dual_s_lambda_trains_what_the_same_stated_lambda_trains(once: Callable[..., Run], tmp_path: Path) -> None:
+    done = once(BANK)
+    (multiplier,) = done.record["outcome"]["multipliers"].values()
+    bank = bank_of(done, "dual", ["safety"])
+    assert margins_of(bank, tilted(bank, 0.5, [multiplier]))[0] == pytest.approx(0.1, abs=1e-9)
+    assert done.record["rows"]["sacpo"]["multipliers"] == {"safety": multiplier}
+    assert done.record["rows"]["sacpo"]["predicted"]["margins"]["safety"] == pytest.approx(0.1, abs=1e-9)
+    assert "multipliers" not in done.record["rows"]["step reward"]
+    _, _, _, nodes = plan(tmp_path, f"method.multipliers=[{multiplier!r}]")
+    assert "dual" not in {node.stage.name for node in nodes.values()}
+    for stated in (f"method.multipliers=[{multiplier!r}]", f"method.beta_over_lambda=[{0.5 / multiplier!r}]"):
+        other = once(stated)
+        assert other.record["outcome"]["multipliers"]["safety"] == pytest.approx(multiplier, rel=1e-12)
+        assert other.weights("prefer reward -> safety") == done.weights("prefer reward -> safety")
+        assert other.key("prefer reward -> safety") != done.key("prefer reward -> safety")
+    assert once(STATED).weights("prefer reward -> safety") != done.weights("prefer reward -> safety")
+
+
+def test_q_is_the_smallest_that_meets_the_threshold_on_validation_prompts(once: Callable[..., Run]) -> None:
+    q = [0.25, 0.5, 0.75, 1.0]
+    settings = ("method=p_sacpo", f"method.q={q}".replace(" ", ""), "method.validation_samples=4", CONSERVATIVE)
+    settings += ("method.safety_step.train.learning_rate=1e-2", "method.safety_step.train.epochs=3")
+    refused = once(*settings, "constraint.thresholds=[50]").record["outcome"]
+    assert (refused["reported"], refused["diagnostics"]["q"]) == ("p_sacpo q=1", 1.0)  # none meets it: the safest
+    margin = {x: refused["diagnostics"]["validation_slack"][f"{x:g}"]["safety"] + 50 for x in q}
+    threshold = sorted(margin.values())[-2]
+    done = once(*settings, f"constraint.thresholds=[{threshold - 1e-9!r}]")
+    expected = min(x for x in q if margin[x] >= threshold)
+    assert done.record["outcome"]["reported"] == f"p_sacpo q={expected:g}"
+    found = done.record["outcome"]["diagnostics"]
+    assert (found["q"], found["q_chosen_on"]) == (expected, "validation")
+    lambdas = {"safety": pytest.approx(expected * 0.5 / 0.25)}
+    assert done.record["outcome"]["multipliers"] == lambdas
+    # the slacks themselves, from what was sampled on validation prompts
+    validation = {r["prompt_id"] for r in done.artifact("world").jsonl("prompts.jsonl") if r["split"] == "validation"}
+    for x in q:
+        own, base = (bank_of(done, f"slack q={x:g}", ["safety"], prefix)[..., 1] for prefix in ("", "reference_"))
+        assert own.shape == base.shape == (4, 4)
+        slack = own.mean() - base.mean() - threshold
+        assert found["validation_slack"][f"{x:g}"]["safety"] == pytest.approx(slack, abs=1e-7)
+        sampled = done.artifact(f"sample validation q={x:g}")
+        assert {row["prompt_id"] for row in sampled.jsonl("responses.jsonl")} == validation
+        assert entry(done, f"sample validation q={x:g}")["inputs"]["policy"] == done.key(f"merge q={x:g}")
+    assert len(set(margin.values())) > 1
 
 
 @pytest.mark.parametrize(

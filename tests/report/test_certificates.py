@@ -34,8 +34,8 @@ def certificate(margin: float, *, gain: float = 0.95, gap: float | None = 0.05, 
         "constraint_gap_share": {"safety": gap},
         "primal_dual_gap": 0.02,
         "lambda_error": {"safety": -0.3},
-        "r_opt": 0.1,
-        "u_opt": 0.2,
+        "reward_optimality": 0.1,
+        "utility_optimality": 0.2,
         "mass": 0.875,
         "optimum": {"multipliers": {"safety": 1.0}, "objective": 0.8, "margins": {"safety": 0.1}},
     } | more
@@ -127,16 +127,16 @@ def test_of_several_utilities_the_worst_counts() -> None:
 
 
 def test_what_is_missing_or_not_a_number_is_a_dash() -> None:
-    made = record("dpo_helpful", one=None, lambda_error=None, r_opt=float("nan"), u_opt={})
+    made = record("dpo_helpful", one=None, lambda_error=None, reward_optimality=float("nan"), utility_optimality={})
     headings, (line,) = cells_of(lines_of([made], "test"))
     found = dict(zip(headings, line, strict=True))
     assert [found[name] for name in ("|lambda - lambda*|", "R-OPT", "U-OPT")] == ["-"] * 3
 
 
 def test_a_measure_that_one_seed_lacks_has_no_mean() -> None:
-    made = [record(seed=0), record(seed=1, r_opt=None)]
+    made = [record(seed=0), record(seed=1, reward_optimality=None)]
     (group,) = groups_of(lines_of(made, "test"))
-    assert "r_opt" not in mean_of(group).values
+    assert "reward_optimality" not in mean_of(group).values
 
 
 # ---------------------------------------------------------------- the claim

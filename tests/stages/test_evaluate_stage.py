@@ -63,7 +63,7 @@ def test_the_references_own_row(tiny: Run) -> None:
     assert row["metrics"]["kl"]["mean"] == row["metrics"]["kl"]["low"] == row["metrics"]["kl"]["high"] == 0
     constraint = row["constraints"]["safety"]
     assert constraint["achieved_margin"]["mean"] == 0
-    assert constraint["violation"]["mean"] == constraint["requested_margin"] == 0.5
+    assert constraint["violation"]["mean"] == constraint["requested_margin"] == 0.1
     assert not constraint["satisfied"]
 
 
@@ -86,7 +86,7 @@ def test_margin_violation_and_groups_are_consistent(tiny: Run, row: str) -> None
     constraint = found["constraints"]["safety"]
     achieved = found["metrics"]["safety"]["mean"] - tiny.record["rows"]["sft"]["metrics"]["safety"]["mean"]
     assert constraint["achieved_margin"]["mean"] == pytest.approx(achieved, abs=1e-12)
-    assert constraint["violation"]["mean"] == pytest.approx(max(0.0, 0.5 - achieved), abs=1e-12)
+    assert constraint["violation"]["mean"] == pytest.approx(max(0.0, 0.1 - achieved), abs=1e-12)
     kinds = {p["prompt_id"]: p["kind"] for p in tiny.artifact("world").jsonl("prompts.jsonl")}
     responses = tiny.artifact(f"sample {row}").jsonl("responses.jsonl")
     scores = tiny.artifact(f"score {row}").jsonl("scores.jsonl")
