@@ -68,7 +68,7 @@ class SacpoSettings:
             check_multipliers(self.multipliers, config, "method.multipliers")
         if self.beta_over_lambda is None:
             if self.multipliers is None:
-                self.dual.check(config, scored=True)
+                self._check_dual(config)
             return
         utilities = config.constraint.utilities
         if len(self.beta_over_lambda) != len(utilities) or min(self.beta_over_lambda, default=0) <= 0:
@@ -77,6 +77,16 @@ class SacpoSettings:
                 where="method.beta_over_lambda",
                 mend="one positive number per utility, for instance method.beta_over_lambda=[0.25]",
             )
+
+    def _check_dual(self, config: Config) -> None:
+        try:
+            self.dual.check(config, scored=True)
+        except ConfigError as error:
+            raise ConfigError(
+                f"lambda is not stated, and the dual cannot be solved for it: {error.what}",
+                where=error.where,
+                mend=f"method.beta_over_lambda=[0.25] or method.multipliers=[2.0]; or {error.mend}",
+            ) from None
 
 
 @method("sacpo", SacpoSettings)
