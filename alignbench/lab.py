@@ -180,6 +180,7 @@ class Lab(LabBase):
         multipliers: Node | None = None,
         bonus: Node | None = None,
         bonus_weight: float = 0.0,
+        round: int = 0,
     ) -> Node:
         """Preference training from `start` against `reference` (SACPO eqs. 6, 7); reference log-probs cached.
 
@@ -195,6 +196,7 @@ class Lab(LabBase):
             multipliers: The KL weight is beta / lambda of `objective`; at lambda = 0 the reference is returned.
             bonus: Exploration bonus of every response.
             bonus_weight: alpha, the bonus's factor.
+            round: Which round of an iterative method this is: the order of pairs goes on from the round before.
         """
         cached = self.pair_logprobs(
             reference, pairs, label=f"reference log-probs for {label}", mismatched=settings.loss == "kto"
@@ -213,6 +215,7 @@ class Lab(LabBase):
             soft=settings.soft and labels is not None,
             bonus_weight=bonus_weight if bonus is not None else 0.0,
             ratio_of=objective if multipliers is not None else None,
+            round=round,
         )
         inputs = {"start": start, "reference": reference, "pairs": pairs, "reference_logprobs": cached}
         extra = {"labels": labels, "multipliers": multipliers, "bonus": bonus if bonus_weight > 0 else None}

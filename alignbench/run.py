@@ -170,6 +170,8 @@ def _say_where(record: dict[str, Any], path: Path, console: Console) -> None:
     cost = record["cost"]
     picture = path.with_name("trade_off.png")
     console.print(
+        f"models: {cost['models_trained']} trained besides the reference, "
+        f"{cost['models_in_memory_while_training']:.0f} in memory while training\n"
         f"stages: {cost['stages_built_now']} run, {cost['stages'] - cost['stages_built_now']} found in the store\n"
         f"record:      {path}\n"
         f"table:       {path.with_name('table.md')}\n"

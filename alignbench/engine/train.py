@@ -61,6 +61,8 @@ class TrainJob:
         starts_at_reference: Whether the loss at step 0 must be its value at policy = reference.
         validation: Objective on held-out examples, or None.
         evaluate_every: Optimiser steps between validations; 0 validates at the end only.
+        round: Which of several trainings on these examples this is: the order goes on where the round before
+            ended, so that rounds of a fraction of an epoch together see every example.
     """
 
     policy: Any
@@ -74,6 +76,7 @@ class TrainJob:
     starts_at_reference: bool = True
     validation: Objective | None = None
     evaluate_every: int = 0
+    round: int = 0
 
 
 def train(job: TrainJob, cost: dict[str, float], on_metrics: OnMetrics) -> TrainResult:
@@ -102,7 +105,8 @@ class _Loop:
         settings, examples = job.settings, len(job.objective)
         self.batch_size = min(settings.batch_size, examples)
         self.steps = batching.total_steps(examples, settings.epochs, self.batch_size)
-        self.order = batching.example_order(examples, self.steps, self.batch_size, job.seed)
+        earlier = job.round * self.steps
+        self.order = batching.example_order(examples, earlier + self.steps, self.batch_size, job.seed)[earlier:]
         self.micro_batch = batching.fitting_micro_batch(self.batch_size, job.hardware.micro_batch)
         torch.manual_seed(job.seed)  # dropout, if the model has any
         self.engine = self._initialise()

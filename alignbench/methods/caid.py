@@ -134,7 +134,7 @@ def _iterate(
     iterates: list[Iterate] = []
     for t in range(1, settings.iterations + 1):
         policy = relabel_and_train(  # (7): from the last iterate's weights, against pi_ref
-            lab, problem, policy, scores, multipliers, settings.step, f"{name} {t}", draw=t - 1, **options
+            lab, problem, policy, scores, multipliers, settings.step, f"{name} {t}", round=t - 1, **options
         )
         slack = lab.slack(problem, measured(policy, f"{name} {t}"), bank, label=f"{name} {t}")  # (5)
         iterates.append(Iterate(policy, multipliers, slack))
@@ -151,7 +151,7 @@ def _iterate(
     if settings.reported == "average":
         mean = lab.average([one.multipliers for one in iterates], label="average multiplier")
         averaged = relabel_and_train(
-            lab, problem, policy, scores, mean, settings.step, f"{name} average", draw=settings.iterations, **options
+            lab, problem, policy, scores, mean, settings.step, f"{name} average", round=settings.iterations, **options
         )
     outcome = report_iterates(lab, name, iterates, settings.reported, averaged, mean, every=settings.evaluate_iterates)
     outcome.predictions = {

@@ -116,7 +116,7 @@ def pd_dpo(lab: Lab, problem: Problem, settings: PdDpoSettings) -> Outcome:
     reward_policy = _reward_step(lab, problem, settings, lab.reference(), pairs, "reward")
 
     def primal(start: Node, multipliers: Node, name: str, k: int) -> Node:
-        return _cost_steps(lab, problem, settings, start, reward_policy, multipliers, pairs, name)
+        return _cost_steps(lab, problem, settings, start, reward_policy, multipliers, pairs, name, k)
 
     outcome = _rounds(lab, problem, settings, "pd_dpo", reward_policy, primal)
     outcome.policies = {"step reward": reward_policy} | outcome.policies
@@ -185,17 +185,17 @@ def online_pd_dpo(lab: Lab, problem: Problem, settings: OnlinePdDpoSettings) -> 
         for policy, before in fresh:
             data.append(_gather(lab, settings, data[-1], policy, before))
         fresh.clear()
-        pairs, last = data[-1], k == settings.rounds
+        pairs, last = data[-1], k >= settings.rounds
         bonus = None
         if not last and max(online.alpha_reward, online.alpha_cost) > 0:
             bonus = lab.bonus(pairs, dimension=online.dimension, ridge=online.ridge, label=name)
         reward_policy = _reward_step(
-            lab, problem, settings, reward_policies[-1], pairs, f"reward, {name}", bonus, online.alpha_reward
+            lab, problem, settings, reward_policies[-1], pairs, f"reward, {name}", k, bonus, online.alpha_reward
         )
         reward_policies.append(reward_policy)
         policy = _cost_steps(
-            lab, problem, settings, reward_policy if k == 1 else start, reward_policy, multipliers, pairs, name, bonus,
-            online.alpha_cost,
+            lab, problem, settings, reward_policy if k == 1 else start, reward_policy, multipliers, pairs, name, k,
+            bonus, online.alpha_cost,
         )  # fmt: skip
         if not last:  # nothing is gathered after the last round, nor for a policy at the average multiplier
             fresh.append((policy, k))
@@ -217,18 +217,18 @@ def _gather(lab: Lab, settings: OnlinePdDpoSettings, data: Node, policy: Node, k
 
 
 def _reward_step(
-    lab: Lab, problem: Problem, settings: PdDpoSettings, start: Node, pairs: Node, name: str,
+    lab: Lab, problem: Problem, settings: PdDpoSettings, start: Node, pairs: Node, name: str, k: int = 1,
     bonus: Node | None = None, alpha: float = 0.0,
 ) -> Node:  # fmt: skip
     return train(
         lab, start, lab.reference(), pairs, objective="reward", beta=problem.beta, step=settings.reward_step,
-        label=f"prefer {name}", bonus=bonus, bonus_weight=alpha,
+        label=f"prefer {name}", bonus=bonus, bonus_weight=alpha, round=k - 1,
     )  # fmt: skip
 
 
 def _cost_steps(
     lab: Lab, problem: Problem, settings: PdDpoSettings, start: Node, reward_policy: Node, multipliers: Node,
-    pairs: Node, name: str, bonus: Node | None = None, alpha: float = 0.0,
+    pairs: Node, name: str, k: int, bonus: Node | None = None, alpha: float = 0.0,
 ) -> Node:  # fmt: skip
     """The rearranged Lagrangian objective: DPO against pi_r at beta / lambda; one step per utility."""
     reference = reward_policy
@@ -237,7 +237,7 @@ def _cost_steps(
         reference = train(
             lab, start if carried else reference, reference, pairs, objective=utility, beta=problem.beta,
             step=settings.cost_step, label=f"prefer {utility}, {name}", multipliers=multipliers, bonus=bonus,
-            bonus_weight=alpha,
+            bonus_weight=alpha, round=k - 1,
         )  # fmt: skip
     return reference
 
@@ -269,7 +269,7 @@ def _rounds(lab: Lab, problem: Problem, settings: PdDpoSettings, name: str, firs
     averaged = mean = None
     if settings.reported == "average":
         mean = lab.average([one.multipliers for one in iterates], label="average multiplier")
-        averaged = primal(policy, mean, f"{name} average", settings.rounds)
+        averaged = primal(policy, mean, f"{name} average", settings.rounds + 1)
     outcome = report_iterates(lab, name, iterates, settings.reported, averaged, mean, every=settings.evaluate_iterates)
     outcome.models = ("reward-aligned policy", "policy")  # two, whatever K: a round goes on with the policy before
     return outcome

@@ -113,9 +113,11 @@ def train(
 
 def relabel_and_train(
     lab: Lab, problem: Problem, start: Node, scores: Node, multipliers: Node, step: StepSettings, name: str,
-    *, scale: float = 1.0, draw: int = 0,
+    *, scale: float = 1.0, round: int = 0,
 ) -> Node:  # fmt: skip
     """Pseudo-preferences by r + <lambda, g>, then preference training against pi_ref at the problem's beta.
+
+    A later round draws its own labels and goes on with the pairs where the round before ended.
 
     Source: CAN Algorithm 1 lines 5 and 6 (arXiv 2405.19544), CAID Algorithm 2 line 7 (arXiv 2505.19387).
     """
@@ -127,7 +129,7 @@ def relabel_and_train(
         kind=step.labels,
         multipliers=multipliers,
         scale=scale,
-        draw=draw,
+        draw=round,
         label=f"{step.labels} labels for {name}",
     )
     return lab.prefer(
@@ -139,6 +141,7 @@ def relabel_and_train(
         settings=step.prefer(),
         label=f"prefer {name}",
         labels=labels,
+        round=round,
     )
 
 

@@ -49,6 +49,7 @@ class PreferSpec:
         soft: Train on the probabilities of the input labels and not on the labels drawn from them (DPO only).
         bonus_weight: alpha >= 0: alpha * bonus is added to the score that the policy learns (online PD-DPO; DPO only).
         ratio_of: Utility whose lambda, from the input multipliers, divides beta; None takes beta as it is.
+        round: Which round of an iterative method this is; its pairs' order goes on where the round before ended.
         smallest_multiplier: With `ratio_of`, a lambda up to this trains nothing and returns the reference.
     """
 
@@ -65,6 +66,7 @@ class PreferSpec:
     bonus_weight: float = 0.0
     ratio_of: str | None = None
     smallest_multiplier: float = 1e-3
+    round: int = 0
 
 
 @dataclass(frozen=True)

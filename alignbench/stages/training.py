@@ -52,6 +52,7 @@ def train_and_save(
         starts_at_reference="reference" not in ctx.inputs or ctx.inputs["reference"].key == ctx.inputs["start"].key,
         validation=validation,
         evaluate_every=ctx.runtime.evaluate_every,
+        round=getattr(spec, "round", 0),
     )
     ctx.cost["policies_in_memory"] = float(policies.held())
     result = train(job, ctx.cost, ctx.on_metrics)
