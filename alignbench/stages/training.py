@@ -21,7 +21,7 @@ def train_and_save(
 ) -> None:
     """Train the policy in `folder` and write `policy/` and `log.jsonl`.
 
-    The cost gets `policies_in_memory`, the number of models this process holds when training starts. It is counted,
+    The cost gets `policies_in_memory`, the number of models that this stage holds when training starts. It is counted,
     not assumed: one, since references are cached log-probs and no second model.
 
     Args:
@@ -37,6 +37,7 @@ def train_and_save(
     spec = ctx.spec
     lora = spec.lora if spec.lora.rank > 0 else None
     hardware = ctx.runtime.hardware
+    before = policies.held()  # whoever called the stage may hold models of its own
     model = policies.load_policy(folder, dtype_of(hardware), device_of(hardware))
     if lora is not None:
         model = policies.add_lora(model, lora, derive_seed(ctx.seed, "lora"))
@@ -54,7 +55,7 @@ def train_and_save(
         evaluate_every=ctx.runtime.evaluate_every,
         round=getattr(spec, "round", 0),
     )
-    ctx.cost["policies_in_memory"] = float(policies.held())
+    ctx.cost["policies_in_memory"] = float(policies.held() - before)
     result = train(job, ctx.cost, ctx.on_metrics)
     trained = policies.restore_weights(folder, trained_state(job), lora)
     policies.save_policy(trained, tokenizer, ctx.out / "policy")
