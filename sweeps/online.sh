@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # What the exploration bonus of online PD-DPO is worth where the offline pairs miss the good region: alpha = 0 against
-# alpha > 0 over seeds, exact gaps by round.
+# alpha > 0 over seeds, exact gaps by round. No result yet: with the preset's settings every round over-trains on the few
+# pairs (the gain falls from round to round with and without the bonus), so nothing can be said about the bonus.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
