@@ -47,10 +47,18 @@ def files_below(folder: Path) -> list[Path]:
     return [path for path in folder.rglob("*") if path.is_file()]
 
 
-def refusal(*overrides: str) -> ConfigError:
-    with pytest.raises(ConfigError) as caught:
+def refused(*overrides: str) -> ConfigError | None:
+    try:
         explain_overrides(list(overrides))
-    return caught.value
+    except ConfigError as error:
+        return error
+    return None
+
+
+def refusal(*overrides: str) -> ConfigError:
+    error = refused(*overrides)
+    assert error is not None
+    return error
 
 
 # ---------------------------------------------------------------- whole processes
@@ -152,10 +160,7 @@ def test_a_key_that_resembles_nothing_points_to_all_keys() -> None:
     ids=str,
 )
 def test_known_keys_and_what_only_hydra_can_judge_pass(overrides: list[str]) -> None:
-    try:
-        explain_overrides(overrides)
-    except ConfigError as error:
-        raise AssertionError(f"refused: {error}") from error
+    assert refused(*overrides) is None
 
 
 def test_a_key_is_known_for_the_chosen_option_of_its_group_only() -> None:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 from alignbench.errors import ConfigError
 from alignbench.lab import Bank
 from alignbench.methods.can import MocanSettings, PecanSettings, prealign, released_scale, with_aligned
+from alignbench.methods.iterates import REPORTED, Iterate, report_iterates
 from alignbench.methods.recipe import Outcome, method
-from alignbench.methods.steps import REPORTED, Iterate, relabel_and_train, report_iterates
+from alignbench.methods.steps import relabel_and_train
 from alignbench.problem import Problem
 
 if TYPE_CHECKING:

@@ -16,8 +16,9 @@ from omegaconf import MISSING
 
 from alignbench.errors import ConfigError
 from alignbench.lab import Bank
+from alignbench.methods.estimates import DualSettings, check_multipliers
 from alignbench.methods.recipe import Outcome, method
-from alignbench.methods.steps import DualSettings, StepSettings, check_multipliers, relabel_and_train, train
+from alignbench.methods.steps import StepSettings, relabel_and_train, train
 from alignbench.problem import Form, Problem
 
 if TYPE_CHECKING:

@@ -21,8 +21,9 @@ from omegaconf import MISSING
 
 from alignbench.errors import ConfigError
 from alignbench.lab import Bank
+from alignbench.methods.estimates import DualSettings, check_multipliers, check_scorer
 from alignbench.methods.recipe import Outcome, method
-from alignbench.methods.steps import DualSettings, StepSettings, check_multipliers, check_scorer, train
+from alignbench.methods.steps import StepSettings, train
 from alignbench.problem import Problem, lambda_from_ratio
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
+from pictures import assert_picture
 
 from alignbench.report.plot import trade_off
 
@@ -28,28 +28,9 @@ def record(rows: dict[str, tuple[float, float]], *, seed: int = 0, threshold: fl
     }
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are drawn, kept open for looking."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figures: list[Any] = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    yield figures
-    monkeypatch.undo()
-    for figure in figures:
-        pyplot.close(figure)
-
-
 def test_png_and_pdf(tmp_path: Path) -> None:
     trade_off([record({"sft": (0, 1), "sacpo": (1, 2)})], tmp_path / "picture", utility="safety")
-    png, pdf = (tmp_path / "picture.png").read_bytes(), (tmp_path / "picture.pdf").read_bytes()
-    assert png.startswith(b"\x89PNG")
-    assert pdf.startswith(b"%PDF")
-    assert min(len(png), len(pdf)) > 5000
+    assert_picture(tmp_path / "picture.png")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["picture.pdf", "picture.png"]
 
 
@@ -109,4 +90,4 @@ def test_without_interval_or_threshold(tmp_path: Path, drawn: list[Any]) -> None
     trade_off([made], tmp_path / "p", utility="safety")
     (figure,) = drawn
     assert not [line for line in figure.axes[0].lines if line.get_linestyle() == "--"]
-    assert (tmp_path / "p.png").stat().st_size > 5000
+    assert_picture(tmp_path / "p.png")

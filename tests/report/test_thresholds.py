@@ -260,22 +260,6 @@ def test_markdown_has_every_seed_and_the_terminal_the_means() -> None:
     assert shown.count("mocan q=[0.5]") == 2
 
 
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The figures that are drawn, kept open for looking."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figures: list[Any] = []
-    monkeypatch.setattr(pyplot, "close", figures.append)
-    yield figures
-    monkeypatch.undo()
-    for figure in figures:
-        pyplot.close(figure)
-
-
 def test_the_picture_has_a_panel_per_utility_and_a_series_per_method(tmp_path: Path, drawn: list[Any]) -> None:
     utilities = ("safety", "politeness")
     made = [
