@@ -39,7 +39,7 @@ from typing import Any
 import filelock
 
 from alignbench import __version__
-from alignbench.errors import StoreError
+from alignbench.errors import InvariantError, StoreError
 
 MANIFEST = "manifest.json"
 _FOLDERS = ("artifacts", "building", "locks", "damaged")
@@ -293,6 +293,22 @@ class Artifact:
             return self.folder / name
         what = f"the {self.kind} artifact {self.key} has no file {name!r}"
         raise StoreError(what, where=str(self.folder), mend=f"it has: {', '.join(files)}")
+
+    def require_made_from(self, source: "Artifact", what: str) -> None:
+        """Refuse, unless this was computed directly from `source`, or is it.
+
+        Rows of two tables are matched by position alone, and equal lengths do not tell whose they are.
+
+        Raises:
+            InvariantError: made from something else; `what` names this artifact in the message.
+        """
+        if self.key != source.key and source.key not in self.manifest["inputs"].values():
+            made = ", ".join(f"{role} {key[:12]}" for role, key in self.manifest["inputs"].items()) or "nothing"
+            raise InvariantError(
+                f"{what} ({self.kind} {self.key[:12]}) was made from {made}, not from {source.kind} {source.key[:12]}",
+                where=what,
+                mend="make both from the same artifact",
+            )
 
     def json(self, name: str) -> Any:
         """The content of a JSON file."""

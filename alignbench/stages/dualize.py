@@ -16,7 +16,7 @@ from alignbench.engine.runtime import derive_seed
 from alignbench.errors import ConfigError, DataError, InvariantError
 from alignbench.problem import Form, Problem, utility_from_cost
 from alignbench.report.stats import cluster_bootstrap, paired_difference
-from alignbench.stages.relabel import labels_of, logit_utility, made_from
+from alignbench.stages.relabel import labels_of, logit_utility
 from alignbench.stages.stage import Context, Estimate, Stage, register
 from alignbench.store import Artifact, write_json
 
@@ -54,12 +54,11 @@ def read_bank(responses: Artifact, scores: Artifact, weights: Artifact | None, n
         weights: Log-probs of listed answers under the policy that the bank stands for; None for samples.
         names: Utilities to read.
     """
+    scores.require_made_from(responses, "bank: scores")
     rows, scored = responses.jsonl("responses.jsonl"), scores.jsonl("scores.jsonl")
-    if len(rows) != len(scored) or not made_from(scores, responses):
+    if len(rows) != len(scored):
         raise InvariantError(
-            f"{len(rows)} responses but {len(scored)} scores, or scores of another table",
-            where="bank",
-            mend="score these responses",
+            f"{len(rows)} responses but {len(scored)} scores", where="bank", mend="score these responses"
         )
     missing = [name for name in ("reward", *names) if name not in scored[0]]
     if missing:

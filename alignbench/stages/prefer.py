@@ -150,17 +150,6 @@ def _check_cache(ctx: Context) -> None:
         )
 
 
-def _check_lineage(ctx: Context, role: str) -> None:
-    """Rows are matched by position alone, so what is aligned with the pairs must have been made from them."""
-    pairs, found = ctx.inputs["pairs"].key, ctx.inputs[role]
-    if found.key != pairs and pairs not in found.manifest["inputs"].values():
-        raise InvariantError(
-            f"the input {role} ({found.key[:12]}) was not made from these pairs ({pairs[:12]})",
-            where=f"prefer: {role}, made from {found.manifest['inputs']}",
-            mend=f"make the {role} from the same pairs artifact that this stage trains on",
-        )
-
-
 # ---------------------------------------------------------------- the KL weight
 
 
@@ -234,7 +223,7 @@ def _aligned(ctx: Context, role: str, file: str, columns: tuple[str, ...], count
     """Columns of an input with one number per row of pairs.jsonl."""
     from safetensors.numpy import load_file
 
-    _check_lineage(ctx, role)
+    ctx.inputs[role].require_made_from(ctx.inputs["pairs"], f"prefer: {role}")
     table = load_file(ctx.inputs[role].path(file))
     absent = [name for name in columns if name not in table]
     wrong = {name: table[name].shape for name in columns if name not in absent and table[name].shape != (count,)}

@@ -69,11 +69,6 @@ def _implicit(ctx: Context) -> None:
     write_json(ctx.out / "summary.json", {"mean_log_ratio_reference_over_policy": kl})
 
 
-def made_from(artifact: Any, source: Any) -> bool:
-    """Whether an artifact was computed from another: equal lengths alone do not tell."""
-    return source.key in artifact.manifest["inputs"].values()
-
-
 def _plain(values: np.ndarray, table: str) -> Any:
     found = [None if np.isnan(v) else float(v) for v in values]
     return found if table == "pairs" else found[0]
@@ -130,13 +125,10 @@ def _relabel(ctx: Context) -> None:
 
     spec: RelabelSpec = ctx.spec
     rows = ctx.inputs["scores"].jsonl("scores.jsonl")
+    ctx.inputs["scores"].require_made_from(ctx.inputs["pairs"], "relabel: scores")
     count = len(ctx.inputs["pairs"].jsonl("pairs.jsonl"))
-    if len(rows) != count or not made_from(ctx.inputs["scores"], ctx.inputs["pairs"]):
-        raise InvariantError(
-            f"{len(rows)} scored pairs for {count} pairs, or scores of another table",
-            where="relabel",
-            mend="score these pairs",
-        )
+    if len(rows) != count:
+        raise InvariantError(f"{len(rows)} scored pairs for {count} pairs", where="relabel", mend="score these pairs")
     if spec.objective == LAGRANGIAN:
         multipliers = ctx.inputs["multipliers"].json("multipliers.json")["multipliers"]
         weights = {"reward": 1.0, **multipliers}
