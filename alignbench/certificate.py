@@ -85,6 +85,8 @@ class Certificate(Record):
             NaN where there is no such range.
         primal_dual_gap: ``D(lambda_hat) - J``; at least 0 for a policy that keeps the margins.
         optimal_dual_gap: ``D(lambda*) - J``.
+        lagrangian_gap: ``D(lambda*) - L(pi, lambda*) = beta KL(pi || pi*)``: distance to the optimum that neither a
+            broken nor an over-satisfied margin flatters.
         multipliers: lambda_hat, those the method used; lambda* if none were given.
         lambda_error: ``|lambda_hat_j - lambda*_j|``.
         kl_to_target: ``KL(pi || pi_lambda_hat)``, what training and parametrisation left over.
@@ -113,6 +115,7 @@ class Certificate(Record):
     constraint_gap_share: dict[str, float]
     primal_dual_gap: float
     optimal_dual_gap: float
+    lagrangian_gap: float
     multipliers: dict[str, float]
     lambda_error: dict[str, float]
     kl_to_target: float
@@ -207,6 +210,7 @@ def certify(
         constraint_gap_share=named(np.divide(gap, room, out=np.full(len(b), np.nan), where=room > 0.0)),
         primal_dual_gap=evaluate(reference, beta, b, lam).value - objective,
         optimal_dual_gap=optimum.value - objective,
+        lagrangian_gap=beta * _divergence(policy, tilted(reference, beta, optimum.multipliers)),
         multipliers=named(lam),
         lambda_error=named(np.abs(lam - optimum.multipliers)),
         kl_to_target=_divergence(policy, target_policy),

@@ -40,10 +40,27 @@ def direct(world, log_policy):
     return reward, utilities, kl
 
 
+GAPS = (
+    "optimality_gap",
+    "primal_dual_gap",
+    "optimal_dual_gap",
+    "lagrangian_gap",
+    "kl_to_target",
+    "reward_optimality",
+)
+
+
 def test_the_optimum_has_no_gap(world):
     optimum = solve(world, BETA, MARGINS)
     found = certify(world, tilted(world, BETA, optimum.multipliers), MARGINS, BETA, optimum=optimum)
-    for gap in ("optimality_gap", "primal_dual_gap", "optimal_dual_gap", "kl_to_target", "reward_optimality"):
+    for gap in (
+        "optimality_gap",
+        "primal_dual_gap",
+        "optimal_dual_gap",
+        "lagrangian_gap",
+        "kl_to_target",
+        "reward_optimality",
+    ):
         assert getattr(found, gap) == pytest.approx(0, abs=1e-9), gap
     assert found.utility_optimality == pytest.approx(0, abs=1e-9)
     assert max(found.constraint_gap.values()) < 1e-9
@@ -118,6 +135,10 @@ def test_primal_dual_gap_is_the_divergence_to_the_target_and_the_slack(world):
     found = certify(world, random_policy(world, rng), MARGINS, BETA, multipliers=lam)
     slack = np.array(list(found.margins.values())) - MARGINS
     assert found.primal_dual_gap == pytest.approx(BETA * found.kl_to_target + lam @ slack)
+    # the same identity at lambda*, whatever multiplier the method used
+    best = np.array(list(found.optimum_multipliers.values()))
+    assert found.lagrangian_gap == pytest.approx(found.optimal_dual_gap - best @ slack)
+    assert found.lagrangian_gap > 0
 
 
 def test_a_wrong_multiplier_is_told_from_a_missed_target(world):

@@ -7,6 +7,9 @@ python -m alignbench.report FOLDER [--out NAME] [--each]
 python -m alignbench.report certificates FOLDER [--split train|test] [--out NAME]
     the exact certificates of runs on dataset=enumerable, and CAID's claim (a folder that is itself called
     "certificates" is reported as ./certificates)
+
+python -m alignbench.report rounds FOLDER [--split train|test] [--out NAME]
+    the distance of every round's policy from the exact optimum, and what exploration is worth
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from rich.console import Console
 
 from alignbench.errors import AlignbenchError, DataError
 from alignbench.record import read_records
-from alignbench.report import certificates, thresholds
+from alignbench.report import certificates, rounds, thresholds
 from alignbench.report.plot import named, trade_off
 from alignbench.report.table import markdown_table, terminal_table
 
@@ -29,8 +32,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        if given[:1] == ["certificates"]:
-            _certificates(given[1:])
+        if given[:1] in (["certificates"], ["rounds"]):
+            _exact(given[0], given[1:])
         else:
             _summary(given)
     except AlignbenchError as error:
@@ -46,12 +49,13 @@ def _summary(arguments: list[str]) -> None:
     _report(options.folder, options.out or options.folder / "report", each=options.each)
 
 
-def _certificates(arguments: list[str]) -> None:
-    parser = _parser("python -m alignbench.report certificates", "certificates")
+def _exact(which: str, arguments: list[str]) -> None:
+    parser = _parser(f"python -m alignbench.report {which}", which)
     parser.add_argument("--split", choices=certificates.SPLITS, default="test", help="whose prompts (default: test)")
     options = parser.parse_args(arguments)
-    base = options.out or options.folder / "certificates"
-    certificates.report(_read(options.folder), options.split, base, _console())
+    base = options.out or options.folder / which
+    report = {"certificates": certificates.report, "rounds": rounds.report}[which]
+    report(_read(options.folder), options.split, base, _console())
     _say_where(base)
 
 

@@ -10,6 +10,8 @@ What stands in the table, of each run's reported policy, exact on the prompts of
     gain share              gain in E r - beta KL over the reference, as a share of the constrained optimum's gain
     constraint gap          distance of the margin from what the problem asks, as a share of the range between the
                             unconstrained and the most constrained policy; several utilities: the largest one
+    Lagrangian gap          beta KL(pi || pi*) = D(lambda*) - L(pi, lambda*): neither a broken nor an over-satisfied
+                            margin flatters it
     optimality, primal-dual gaps, |lambda - lambda*|, R-OPT, U-OPT: the quantities that the papers bound
     mass                    probability that the policy gives to the listed answers before it is renormalised
 
@@ -52,6 +54,7 @@ MEASURES = (
     ("constraint_gap_share", "constraint gap", True),
     ("optimality_gap", "optimality gap", False),
     ("primal_dual_gap", "primal-dual gap", False),
+    ("lagrangian_gap", "Lagrangian gap", False),
     ("lambda_error", "|lambda - lambda*|", False),
     ("reward_optimality", "R-OPT", False),
     ("utility_optimality", "U-OPT", False),
@@ -434,6 +437,7 @@ _RUN_COLUMNS = (
     ("constraint gap", ("constraint_gap",)),
     ("optimality gap", ("optimality_gap",)),
     ("primal-dual gap", ("primal_dual_gap",)),
+    ("Lagrangian gap", ("lagrangian_gap",)),
     ("|lambda - lambda*|", ("lambda_error",)),
     ("R-OPT", ("reward_optimality",)),
     ("its bound, Thm 4 / 3", ("bounds", "one_shot_reward"), ("bounds", "multi_shot_reward")),

@@ -54,7 +54,7 @@ def _certify(ctx: Context) -> None:
 CERTIFY = register(
     Stage(
         "certify",
-        1,
+        2,
         "certificate",
         CertifySpec,
         _certify,

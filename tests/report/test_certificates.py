@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pictures import assert_picture
 
 from alignbench.report.__main__ import main
 from alignbench.report.certificates import (
@@ -33,6 +34,7 @@ def certificate(margin: float, *, gain: float = 0.95, gap: float | None = 0.05, 
         "constraint_gap": {"safety": 0.01},
         "constraint_gap_share": {"safety": gap},
         "primal_dual_gap": 0.02,
+        "lagrangian_gap": 0.015,
         "lambda_error": {"safety": -0.3},
         "reward_optimality": 0.1,
         "utility_optimality": 0.2,
@@ -87,6 +89,7 @@ def test_a_line_says_every_measure() -> None:
         "constraint gap": "5.0%",
         "optimality gap": "0.013",
         "primal-dual gap": "0.020",
+        "Lagrangian gap": "0.015",
         "|lambda - lambda*|": "0.300",
         "R-OPT": "0.100",
         "U-OPT": "0.200",
@@ -199,23 +202,15 @@ def test_methods_without_a_first_iterate_make_no_claim() -> None:
 # ---------------------------------------------------------------- picture and command
 
 
-def test_the_picture_draws_both_goals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    close, figures = pyplot.close, []
-    monkeypatch.setattr(pyplot, "close", figures.append)
+def test_the_picture_draws_both_goals(tmp_path: Path, drawn: list[Any]) -> None:
     made = [record(m, asked=b, seed=s) for m in ("mocan", "mocaid") for b in (0.1, 0.2) for s in range(3)]
     picture(lines_of(made, "test"), tmp_path / "p", "a title")
-    (figure,) = figures
+    (figure,) = drawn
     goals = [[x.get_ydata()[0] for x in axes.lines if x.get_linestyle() == "--"] for axes in figure.axes]
     assert goals == [[90.0], [10.0]]
     assert [len(axes.containers) for axes in figure.axes] == [4, 4]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["goal", "mocaid", "mocan"]
-    assert (tmp_path / "p.png").stat().st_size > 5000
-    close(figure)
+    assert_picture(tmp_path / "p.png")
 
 
 def folder_of(made: list[dict[str, Any]], folder: Path) -> Path:
