@@ -112,6 +112,7 @@ class WorldConfig:
     pairs_per_prompt: int = MISSING
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     answers: int = 0
+    mild_share: float = 0.25
     uncovered: list[str] = field(default_factory=list)
 
 
@@ -440,13 +441,19 @@ def _check_dataset(config: Config) -> None:
 
 
 def _check_listed(world: WorldConfig) -> None:
-    from alignbench.worlds.enumerable import FEATURES
+    from alignbench.worlds.enumerable import FEATURES, MILD_SHARE
 
     if world.answers not in (0, *range(2, 65)):
         raise ConfigError(
             f"{world.answers} listed answers per prompt",
             where="dataset.world.answers",
             mend="0 (free text), or 2 to 64",
+        )
+    if not 0 < world.mild_share < 1 or (world.mild_share != MILD_SHARE and not world.answers):
+        raise ConfigError(
+            f"mild_share = {world.mild_share}",
+            where="dataset.world.mild_share",
+            mend=f"above 0 and below 1, with listed answers (dataset=enumerable) only; elsewhere {MILD_SHARE}",
         )
     unknown = sorted(set(world.uncovered) - set(FEATURES))
     if unknown or (world.uncovered and not world.answers):

@@ -28,7 +28,7 @@ from alignbench.stages.dualize import (
     StepSpec,
 )
 from alignbench.stages.evaluate import EvaluateSpec
-from alignbench.stages.explore import BonusSpec, FeaturesSpec, JoinSpec
+from alignbench.stages.explore import BonusSpec, FeaturesSpec, JoinSpec, TiltSpec
 from alignbench.stages.listed import DrawSpec, ListedWorldSpec, ListSpec, LookupSpec
 from alignbench.stages.measure import LogProbsSpec, SampleSpec, ScoreSpec
 from alignbench.stages.policies import BaseSpec, MergeSpec, PreferSpec, SftSpec, parameter_count
@@ -122,7 +122,7 @@ class Lab(LabBase):
                 risky_fraction=world.risky_fraction,
             )
             if world.answers:
-                listed = ListedWorldSpec(spec, world.answers)
+                listed = ListedWorldSpec(spec, world.answers, world.mild_share)
                 return self._run(stages.LISTED_WORLD, listed, {}, "world", seed=data.seed)
             return self._run(stages.WORLD, spec, {}, "world", seed=data.seed)
         files = data.files
@@ -238,13 +238,19 @@ class Lab(LabBase):
         sampling: SamplingConfig,
         label: str,
         without: tuple[str, ...] = (),
+        first: int = 0,
     ) -> Node:
-        """Responses of `policy` to the prompts of `splits`; listed answers are drawn from the policy on the list."""
+        """Responses of `policy` to the prompts of `splits`; listed answers are drawn from the policy on the list.
+
+        `first` numbers them: responses of other numbers are other draws.
+        """
         hints = {"prompts": float(sum(map(self._prompts_of, splits)))}
         if self._answers_are_listed:
             inputs = {"listed": self.listed(splits), "logprobs": self.listed_logprobs(policy, splits, label=label)}
-            return self._run(stages.DRAW, DrawSpec(splits, samples, without), inputs, f"sample {label}", hints=hints)
-        spec = SampleSpec(splits, samples, sampling, self._tokens, self.config.hardware.dtype)
+            return self._run(
+                stages.DRAW, DrawSpec(splits, samples, without, first), inputs, f"sample {label}", hints=hints
+            )
+        spec = SampleSpec(splits, samples, sampling, self._tokens, self.config.hardware.dtype, first)
         return self._run(stages.SAMPLE, spec, {"policy": policy, "data": self.data()}, f"sample {label}", hints=hints)
 
     def listed(self, splits: tuple[str, ...]) -> Node:
@@ -444,12 +450,20 @@ class Lab(LabBase):
         inputs |= {} if multipliers is None else {"multipliers": multipliers}
         return self._run(stages.RELABEL, RelabelSpec(objective, kind, scale, draw), inputs, label)
 
-    def bonus(self, pairs: Node, *, dimension: int, ridge: float, label: str) -> Node:
+    def features(self, dimension: int, pooling: str, centre: str) -> FeaturesSpec:
+        """How the reference's hidden states become features; nothing runs yet."""
+        return FeaturesSpec(dimension, self._tokens, self.config.hardware.dtype, pooling, centre)
+
+    def bonus(self, pairs: Node, features: FeaturesSpec, *, ridge: float, label: str) -> Node:
         """Exploration bonus ||phi||_{Sigma^-1} of both responses of every pair, on the reference's features."""
-        spec = FeaturesSpec(table="pairs", dimension=dimension, tokens=self._tokens, dtype=self.config.hardware.dtype)
-        inputs = {"policy": self.reference(), "rows": pairs}
-        features = self._run(stages.FEATURES, spec, inputs, f"features of {label}")
-        return self._run(stages.BONUS, BonusSpec(ridge), {"pairs": pairs, "features": features}, f"bonus of {label}")
+        inputs = {"policy": self.reference(), "pairs": pairs}
+        made = self._run(stages.FEATURES, features, inputs, f"features of {label}")
+        return self._run(stages.BONUS, BonusSpec(ridge), {"pairs": pairs, "features": made}, f"bonus of {label}")
+
+    def tilt(self, responses: Node, pairs: Node, multipliers: Node, spec: TiltSpec, *, label: str) -> Node:
+        """Responses of the optimistic version of the policy that gave `responses`, where `pairs` say little."""
+        inputs = {"policy": self.reference(), "pairs": pairs, "responses": responses, "multipliers": multipliers}
+        return self._run(stages.TILT, spec, inputs, f"tilt {label}", hints={"prompts": self._prompts_of("train")})
 
     def peek(self, node: Node, name: str) -> dict[str, Any] | None:
         """A JSON file of an artifact; None in a plan that has not got it."""

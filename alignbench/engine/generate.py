@@ -80,8 +80,8 @@ def _sample(
     for i, request in enumerate(requests):  # left padding: the last position is the prompt's last token
         input_ids[i, longest - len(request.ids) :] = torch.tensor(request.ids)
         attention[i, longest - len(request.ids) :] = 1
-    uniforms = torch.from_numpy(
-        np.stack([_uniforms(seed, r.prompt_id, r.sample, sampling.max_new_tokens) for r in requests])
+    numbers = torch.from_numpy(
+        np.stack([uniforms(f"{seed}/{r.prompt_id}/{r.sample}", sampling.max_new_tokens) for r in requests])
     ).to(device)
     attention = attention.to(device)
     lengths = attention[:, :longest].sum(1)
@@ -100,7 +100,7 @@ def _sample(
             use_cache=True,
         )
         cache = out.past_key_values
-        token = draw(out.logits[:, -1], uniforms[:, step], sampling.temperature, sampling.top_p)
+        token = draw(out.logits[:, -1], numbers[:, step], sampling.temperature, sampling.top_p)
         drawn[active[~done], step] = token[~done]
         done |= token == eos_id
         if bool(done.all()):
@@ -109,7 +109,7 @@ def _sample(
             kept = (~done).nonzero()[:, 0]
             cache.batch_select_indices(kept)
             active, token, done = active[kept], token[kept], done[kept]
-            attention, uniforms, lengths = attention[kept], uniforms[kept], lengths[kept]
+            attention, numbers, lengths = attention[kept], numbers[kept], lengths[kept]
         tokens, positions = token.unsqueeze(1), (lengths + step).unsqueeze(1)
     return [[t for t in row if t >= 0] for row in drawn.cpu().tolist()]
 
@@ -130,6 +130,7 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-def _uniforms(seed: int, prompt_id: str, sample: int, count: int) -> np.ndarray:
-    key = hashlib.sha256(f"{seed}/{prompt_id}/{sample}".encode()).digest()[:16]
+def uniforms(name: str, count: int) -> np.ndarray:
+    """The first `count` uniform numbers of the stream of that name, shape (count,): a longer stream begins alike."""
+    key = hashlib.sha256(name.encode()).digest()[:16]
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big"))).random(count)

@@ -7,9 +7,9 @@ annotators whether each of N responses is unsafe; estimate the cost; step lambda
 At lambda_k near 0 the KL weight is infinite and the round's policy is pi_r itself.
 
 Online. Each round pairs fresh responses of the current policy with the reference's on its own part of the prompts,
-has them labelled, and trains on all data so far with an optimism bonus alpha ||phi(x, y)||_{Sigma^-1} inside both
-objectives.
-The last round gathers nothing more, so it is trained without the bonus (ours).
+has them labelled, and trains on all data so far, optimistic by alpha ||phi(x, y)||_{Sigma^-1}: with the bonus inside
+both objectives, as in the paper, or (ours) by drawing the fresh responses from the policy tilted by the bonus. The
+last round gathers nothing more, so it is trained without a bonus (ours).
 
 The paper's body was not available to us: estimators, step size and bounds are our derivation, marked in the settings.
 """
@@ -24,24 +24,21 @@ from omegaconf import MISSING
 
 from alignbench.config import SamplingConfig
 from alignbench.errors import ConfigError
+from alignbench.methods.estimates import CostSettings, annotated, check_multipliers
+from alignbench.methods.iterates import REPORTED, Iterate, report_iterates
 from alignbench.methods.recipe import Outcome, method
-from alignbench.methods.steps import (
-    REPORTED,
-    CostSettings,
-    Iterate,
-    StepSettings,
-    annotated,
-    check_multipliers,
-    report_iterates,
-    train,
-)
+from alignbench.methods.steps import StepSettings, train
 from alignbench.problem import Problem
+from alignbench.stages.explore import TiltSpec, check_features
 
 if TYPE_CHECKING:
     from alignbench.config import Config
     from alignbench.lab import Lab, Node
 
-#: The primal step of a round: (policy to start from, multipliers, name, round) -> the round's policy.
+#: Numbers of fresh responses start here, clear of those behind the offline pairs.
+FRESH = 10_000
+BONUSES = ("objectives", "sampling")
+#: The primal step of a round: (the policy of the round before, multipliers, name, round) -> the round's policy.
 Primal = Callable[["Node", "Node", str, int], "Node"]
 
 
@@ -58,8 +55,9 @@ class PdDpoSettings:
         dual_step: Step size; null takes Lambda / (C_max sqrt(K)) with C_max the cost's clip, or 1 for a rate: the
             constant step of the projected subgradient method's 1/sqrt(K) rate (ours; the paper's is unknown to us).
         upper: Lambda, bound of the projection.
-        start: Round k starts from "previous" (round k-1's policy) or from "reward_policy"; with several utilities
-            always from the latter, since their steps follow each other.
+        start: Round k trains on from "previous" (round k-1's policies) or anew, from "reward_policy" (which online is
+            itself trained anew from pi_ref). With several utilities the cost steps are always the latter, since they
+            follow each other.
         reported: "last", "best_feasible" or "average".
         evaluate_iterates: Whether every round's policy gets a row, or only the first and the reported one.
         cost: The cost estimate.
@@ -131,19 +129,32 @@ class OnlineSettings:
         pairs_per_prompt: Fresh pairs per prompt and round: the policy's response against the reference's.
         parts: Training prompts are divided in so many parts; round k uses part k (1: all prompts every round).
         sampling: How both are drawn.
-        alpha_reward: Weight of the bonus in the reward objective.
-        alpha_cost: Weight of the bonus in the cost objective.
-        dimension: Features: hidden states of the reference, projected to this many numbers.
+        bonus: "objectives": in both losses, on the pairs at hand; "sampling": in the draw of fresh responses, from
+            pi_k exp((alpha_reward + alpha_cost * sum(lambda_k)) b / beta), which reaches what no pair holds yet.
+        alpha_reward: Weight of the reward's bonus.
+        alpha_cost: Weight of each cost's bonus.
+        candidates: Responses per prompt among which the tilted policy draws ("sampling").
+        dimension: Features: hidden states of the reference, projected to this many numbers, at most 256.
+        pooling: Of a response's hidden states: "mean", or "last", that of the last token.
+        centre: Taken out of them: the mean over a prompt's responses ("prompt"; needs two pairs each) or over "all".
         ridge: gamma of Sigma = gamma I + sum of outer products.
     """
 
     pairs_per_prompt: int = 2
     parts: int = 1
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    bonus: str = "objectives"
     alpha_reward: float = 1.0
     alpha_cost: float = 1.0
+    candidates: int = 16
     dimension: int = 64
+    pooling: str = "mean"
+    centre: str = "prompt"
     ridge: float = 1.0
+
+    def explores(self, where: str) -> bool:
+        """Whether there is a bonus, and it acts there."""
+        return self.bonus == where and max(self.alpha_reward, self.alpha_cost) > 0
 
 
 @dataclass
@@ -156,12 +167,15 @@ class OnlinePdDpoSettings(PdDpoSettings):
         """Refuse what PD-DPO refuses, and what cannot explore."""
         super().check(config)
         online = self.online
-        if min(online.pairs_per_prompt, online.parts, online.dimension) < 1 or online.ridge <= 0:
+        check_features(online.dimension, online.pooling, online.centre, "method.online")
+        if online.bonus not in BONUSES:
+            raise ConfigError(f"bonus = {online.bonus!r}", where="method.online.bonus", mend=" or ".join(BONUSES))
+        if min(online.pairs_per_prompt, online.parts, online.candidates - 1) < 1 or online.ridge <= 0:
             raise ConfigError(
-                f"pairs_per_prompt {online.pairs_per_prompt}, parts {online.parts}, dimension {online.dimension}, "
+                f"pairs_per_prompt {online.pairs_per_prompt}, parts {online.parts}, candidates {online.candidates}, "
                 f"ridge {online.ridge}",
                 where="method.online",
-                mend="at least one of each, and a positive ridge",
+                mend="at least one of each, two candidates, and a positive ridge",
             )
         if min(online.alpha_reward, online.alpha_cost) < 0:
             raise ConfigError("a negative bonus would punish what is unknown", where="method.online", mend="alpha >= 0")
@@ -175,45 +189,55 @@ class OnlinePdDpoSettings(PdDpoSettings):
 
 @method("online_pd_dpo", OnlinePdDpoSettings)
 def online_pd_dpo(lab: Lab, problem: Problem, settings: OnlinePdDpoSettings) -> Outcome:
-    """Online: the data grow by a round's own responses, and the bonus is inside both objectives."""
+    """Online: the data grow by a round's own responses, gathered or trained on optimistically."""
     online, reference = settings.online, lab.reference()
-    data = [lab.pairs()]
-    fresh: list[tuple[Node, int]] = []
-    reward_policies = [reference]
+    data, reward_policies = [lab.pairs()], [reference]
 
-    def primal(start: Node, multipliers: Node, name: str, k: int) -> Node:
-        for policy, before in fresh:
-            data.append(_gather(lab, settings, data[-1], policy, before))
-        fresh.clear()
-        pairs, last = data[-1], k >= settings.rounds
-        bonus = None
-        if not last and max(online.alpha_reward, online.alpha_cost) > 0:
-            bonus = lab.bonus(pairs, dimension=online.dimension, ridge=online.ridge, label=name)
+    def primal(before: Node, multipliers: Node, name: str, k: int) -> Node:
+        pairs, bonus = data[-1], None
+        gathers = k < settings.rounds  # neither the last round nor the average's policy does
+        if gathers and online.explores("objectives"):
+            features = lab.features(online.dimension, online.pooling, online.centre)
+            bonus = lab.bonus(pairs, features, ridge=online.ridge, label=name)
         reward_policy = _reward_step(
-            lab, problem, settings, reward_policies[-1], pairs, f"reward, {name}", k, bonus, online.alpha_reward
-        )
-        reward_policies.append(reward_policy)
+            lab, problem, settings, reward_policies[-1] if settings.start == "previous" else reference, pairs,
+            f"reward, {name}", k, bonus, online.alpha_reward,
+        )  # fmt: skip
         policy = _cost_steps(
-            lab, problem, settings, reward_policy if k == 1 else start, reward_policy, multipliers, pairs, name, k,
+            lab, problem, settings, reward_policy if k == 1 else before, reward_policy, multipliers, pairs, name, k,
             bonus, online.alpha_cost,
         )  # fmt: skip
-        if not last:  # nothing is gathered after the last round, nor for a policy at the average multiplier
-            fresh.append((policy, k))
+        reward_policies.append(reward_policy)
+        if gathers:
+            data.append(_gather(lab, problem, online, pairs, policy, multipliers, k))
         return policy
 
     return _rounds(lab, problem, settings, "online_pd_dpo", reference, primal)
 
 
-def _gather(lab: Lab, settings: OnlinePdDpoSettings, data: Node, policy: Node, k: int) -> Node:
+def _gather(
+    lab: Lab, problem: Problem, online: OnlineSettings, data: Node, policy: Node, multipliers: Node, k: int
+) -> Node:  # fmt: skip
     """Round k's fresh pairs, labelled, after all data so far."""
-    online = settings.online
 
-    def sample(who: Node, label: str) -> Node:
-        return lab.sample(who, ("train",), samples=online.pairs_per_prompt, sampling=online.sampling, label=label)
+    def sample(who: Node, label: str, samples: int = online.pairs_per_prompt) -> Node:
+        # numbered by the round: the same numbers would be the same responses of the reference every time
+        first = FRESH + (k - 1) * samples
+        return lab.sample(who, ("train",), samples=samples, sampling=online.sampling, label=label, first=first)
 
-    own, base = sample(policy, f"online {k}"), sample(lab.reference(), "online reference")
+    if online.explores("sampling"):
+        candidates = sample(policy, f"candidates {k}", online.candidates)
+        features = lab.features(online.dimension, online.pooling, online.centre)
+        spec = TiltSpec(
+            features, online.ridge, problem.beta, online.alpha_reward, online.alpha_cost, online.pairs_per_prompt,
+            first=FRESH + (k - 1) * online.pairs_per_prompt,
+        )  # fmt: skip
+        own = lab.tilt(candidates, data, multipliers, spec, label=f"online {k}")
+    else:
+        own = sample(policy, f"online {k}")
     part = ((k - 1) % online.parts, online.parts)
-    return lab.join([data, lab.pair_up(own, base, part=part, label=f"online {k}")], label=f"online {k}")
+    fresh = lab.pair_up(own, sample(lab.reference(), f"online reference {k}"), part=part, label=f"online {k}")
+    return lab.join([data, fresh], label=f"online {k}")
 
 
 def _reward_step(

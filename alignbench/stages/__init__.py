@@ -4,7 +4,7 @@ from alignbench.stages.certify import CERTIFY
 from alignbench.stages.data import LABEL, PAIR_UP, READ, WORLD
 from alignbench.stages.dualize import AVERAGE, COST, DUAL, GIVEN, PREDICT, SLACK, STEP
 from alignbench.stages.evaluate import EVALUATE
-from alignbench.stages.explore import BONUS, FEATURES, JOIN
+from alignbench.stages.explore import BONUS, FEATURES, JOIN, TILT
 from alignbench.stages.listed import DRAW, LIST, LISTED_WORLD, LOOKUP
 from alignbench.stages.measure import LOGPROBS, SAMPLE, SCORE
 from alignbench.stages.policies import BASE, MERGE, PREFER, SFT
@@ -42,6 +42,7 @@ __all__ = [
     "SLACK",
     "STAGES",
     "STEP",
+    "TILT",
     "WORLD",
     "Context",
     "Estimate",

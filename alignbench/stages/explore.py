@@ -1,31 +1,31 @@
-"""Stages of online exploration: features of responses, bonuses from them, and pairs of several rounds as one table."""
+"""Stages of online exploration: features of responses, bonuses, tilted draws, several rounds' pairs as one table."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from alignbench.data.tokenize import TruncationReport
 from alignbench.engine.batching import Row, collate, length_sorted
+from alignbench.engine.generate import uniforms
 from alignbench.engine.logprobs import progress
 from alignbench.engine.runtime import derive_seed, device_of, dtype_of, peak_memory
 from alignbench.errors import ConfigError, DataError, InvariantError
 from alignbench.exploration import Precision
 from alignbench.models import policy as policies
-from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, inference_memory, register
+from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register, scoring_estimate
 from alignbench.stages.tokens import TokenSpec, encode_pairs, encode_responses
 from alignbench.store import Artifact, write_json, write_jsonl
 
 log = logging.getLogger(__name__)
 
 POOLINGS = ("last", "mean")
-CENTRES = ("prompt", "all", "none")
+CENTRES = ("prompt", "all")
 LARGEST_DIMENSION = 256
 QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
@@ -35,49 +35,103 @@ QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
 
 @dataclass(frozen=True)
 class FeaturesSpec:
-    """Linear features of responses: hidden states of a frozen policy, centred, projected and scaled.
+    """Linear features of both responses of every pair: hidden states of a frozen policy, centred, projected, scaled.
 
-    Inputs by role: policy (the frozen reference), rows (pairs or responses). A bonus from these features is about
-    differences of two responses to one prompt, in which whatever all responses to the prompt share cancels; left in,
-    it only inflates the bonus of both. Hence the default centring. Where a prompt has a single pair it makes the two
-    features opposite and their bonuses equal: then choose "all".
+    Inputs by role: policy (the frozen reference), pairs. A bonus from these features is about differences of two
+    responses to one prompt, in which whatever all responses to the prompt share cancels; left in, it only inflates
+    the bonus of both. Hence the default centring. Where a prompt has a single pair it makes the two features
+    opposite and their bonuses equal: then choose "all".
 
     Source: online PD-DPO (arXiv 2510.05703), linear scores <phi, theta>; phi as a projected hidden state is ours.
 
     Attributes:
-        table: "pairs" (all splits) or "responses".
         dimension: d, 1 to 256; a policy with fewer hidden units keeps them all, unprojected.
         tokens: Template and lengths.
         dtype: Parameter dtype.
         pooling: "last": the state at the last response token; "mean": the mean over response tokens.
-        centre: What is subtracted: "prompt" (mean over the table's responses to that prompt), "all" (mean over the
-            table) or "none".
-        projection_seed: Decides the projection, independent of the run's seed: rounds must share their features.
+        centre: What is subtracted: "prompt" (mean over the responses to that prompt) or "all" (mean over all).
     """
 
-    table: str
     dimension: int
     tokens: TokenSpec
     dtype: str
-    pooling: str = "last"
+    pooling: str = "mean"
     centre: str = "prompt"
-    projection_seed: int = 0
+
+
+def check_features(dimension: int, pooling: str, centre: str, where: str) -> None:
+    """Refuse unknown settings of features; `where` is the key that holds them."""
+    for name, value, known in (("pooling", pooling, POOLINGS), ("centre", centre, CENTRES)):
+        if value not in known:
+            raise ConfigError(f"{name} = {value!r}", where=f"{where}.{name}", mend=f"one of: {', '.join(known)}")
+    if not 1 <= dimension <= LARGEST_DIMENSION:
+        raise ConfigError(
+            f"dimension = {dimension}",
+            where=f"{where}.dimension",
+            mend=f"1 to {LARGEST_DIMENSION}: the bonus keeps a dense matrix of dimension^2",
+        )
 
 
 def _features(ctx: Context) -> None:
     from safetensors.numpy import save_file
 
     spec: FeaturesSpec = ctx.spec
-    _check_features_spec(spec)
+    rows, started = ctx.inputs["pairs"].jsonl("pairs.jsonl"), time.perf_counter()
+    found = _reference_features(ctx, spec, rows)
+    prompts = [rows[i]["prompt"] for i in found.index]
+    if spec.centre == "prompt" and len(set(prompts)) == len(prompts):
+        log.warning(
+            "features: every prompt has one pair, so centring by prompt makes both bonuses of a pair equal and the "
+            "bonus does nothing; sample more pairs per prompt, or set method.online.centre=all"
+        )
+    save_file({f"response_{k}": np.ascontiguousarray(found.pairs[k]) for k in (0, 1)}, ctx.out / _FEATURES)
+    write_json(
+        ctx.out / "summary.json",
+        {
+            "rows": len(rows),
+            "dropped": len(rows) - len(found.index),
+            "dimension": found.pairs.shape[2],
+            "scale": found.scale,
+            "mean_norm": float(np.linalg.norm(found.pairs[:, found.index], axis=2).mean()),
+        },
+    )
+    ctx.cost["seconds"] = time.perf_counter() - started
+
+
+_FEATURES = "features.safetensors"
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Features on one scale.
+
+    Attributes:
+        pairs: float64 (2, rows, d); a pair that truncation dropped has all zeros: no bonus, and no part in any sum.
+        index: (kept,) rows of the kept pairs.
+        others: float64 (n, d), of the further responses.
+        scale: Factor that made the longest of them 1.
+    """
+
+    pairs: np.ndarray
+    index: np.ndarray
+    others: np.ndarray
+    scale: float
+
+
+def _reference_features(
+    ctx: Context, spec: FeaturesSpec, rows: Sequence[Mapping[str, Any]], others: Sequence[Mapping[str, Any]] = ()
+) -> _Features:
+    """Features of both responses of all pairs and of further responses, by the input `policy`."""
+    check_features(spec.dimension, spec.pooling, spec.centre, "features")
     folder = ctx.inputs["policy"].path("policy")
     hardware, device = ctx.runtime.hardware, device_of(ctx.runtime.hardware)
     tokenizer = policies.load_tokenizer(folder)
-    table = _pairs(ctx, tokenizer) if spec.table == "pairs" else _responses(ctx, tokenizer)
-    started = time.perf_counter()
+    pairs = encode_pairs(rows, range(len(rows)), tokenizer, spec.tokens)
+    sequences = [*pairs.responses[0], *pairs.responses[1], *encode_responses(others, tokenizer, spec.tokens)]
     with peak_memory(ctx.cost, device):
         states = pooled_states(
             policies.load_policy(folder, dtype_of(hardware), device),
-            table.rows,
+            sequences,
             pooling=spec.pooling,
             pad_id=policies.pad_id(tokenizer),
             batch=hardware.eval_batch,
@@ -86,97 +140,18 @@ def _features(ctx: Context) -> None:
     if not np.isfinite(states).all():
         raise DataError(
             f"{int((~np.isfinite(states)).any(1).sum())} hidden state(s) are not finite",
-            where=f"features of {spec.table}",
+            where="features of responses",
             mend="use hardware.dtype=fp32, or look at the policy's weights",
         )
-    features, scale = reduce_states(states, table.prompts, spec)
-    # dropped responses have all zeros: no bonus, and no part in any sum
-    full = np.zeros((table.columns * table.count, features.shape[1]))
-    full[table.index] = features
-    parts = full.reshape(table.columns, table.count, -1)
-    names = [f"response_{k}" for k in range(table.columns)] if spec.table == "pairs" else ["response"]
-    save_file({name: np.ascontiguousarray(part) for name, part in zip(names, parts, strict=True)}, ctx.out / _FEATURES)
-    write_json(ctx.out / "truncation.json", table.report.to_dict())
-    write_json(
-        ctx.out / "summary.json",
-        {
-            "rows": table.count,
-            "dropped": table.count - len(table.index) // table.columns,
-            "hidden_size": states.shape[1],
-            "dimension": features.shape[1],
-            "scale": scale,
-            "mean_norm": float(np.linalg.norm(features, axis=1).mean()),
-        },
+    features, scale = reduce_states(
+        states, [rows[i]["prompt"] for i in pairs.index] * 2 + [row["prompt"] for row in others], spec
     )
-    ctx.cost["scored_tokens"] = float(sum(len(row.ids) for row in table.rows))
-    ctx.cost["seconds"] = time.perf_counter() - started
-
-
-_FEATURES = "features.safetensors"
-
-
-@dataclass(frozen=True)
-class _Table:
-    """Token rows of all usable responses, response 0 of every pair first.
-
-    Attributes:
-        rows: Token rows, n of them.
-        prompts: Each one's prompt, n of them.
-        index: (n,) position of each in the flattened (columns, count) table.
-        columns: 2 for pairs, 1 for responses.
-        count: Rows of the table on disk, dropped ones included.
-        report: What truncation did.
-    """
-
-    rows: list[Row]
-    prompts: list[str]
-    index: np.ndarray
-    columns: int
-    count: int
-    report: TruncationReport
-
-
-def _pairs(ctx: Context, tokenizer: Any) -> _Table:
-    rows = ctx.inputs["rows"].jsonl("pairs.jsonl")
-    pairs = encode_pairs(rows, range(len(rows)), tokenizer, ctx.spec.tokens)
-    prompts = [rows[i]["prompt"] for i in pairs.index]
-    single = len(set(prompts)) == len(prompts)
-    if single and ctx.spec.centre == "prompt":
-        log.warning(
-            "features: every prompt has one pair, so centring by prompt makes both bonuses of a pair equal and the "
-            "bonus does nothing; sample more pairs per prompt, or set centre=all"
-        )
-    index = np.concatenate([pairs.index, len(rows) + pairs.index])
-    return _Table([*pairs.responses[0], *pairs.responses[1]], prompts * 2, index, 2, len(rows), pairs.report)
-
-
-def _responses(ctx: Context, tokenizer: Any) -> _Table:
-    rows = ctx.inputs["rows"].jsonl("responses.jsonl")
-    encoded = encode_responses(rows, tokenizer, ctx.spec.tokens)
-    kept = [i for i, row in enumerate(encoded) if row.response_length > 0]
-    if not kept:
-        raise DataError(
-            f"all {len(rows)} responses are empty", where="features of responses", mend="look at the policy's samples"
-        )
-    report = TruncationReport(n=len(rows), dropped=len(rows) - len(kept))
-    prompts = [rows[i]["prompt_id"] for i in kept]
-    return _Table([encoded[i] for i in kept], prompts, np.array(kept, dtype=np.int64), 1, len(rows), report)
-
-
-def _check_features_spec(spec: FeaturesSpec) -> None:
-    for name, value, known in (
-        ("table", spec.table, ("pairs", "responses")),
-        ("pooling", spec.pooling, POOLINGS),
-        ("centre", spec.centre, CENTRES),
-    ):
-        if value not in known:
-            raise ConfigError(f"{name} = {value!r}", where=f"features: {name}", mend=f"one of: {', '.join(known)}")
-    if not 1 <= spec.dimension <= LARGEST_DIMENSION:
-        raise ConfigError(
-            f"dimension = {spec.dimension}",
-            where="features: dimension",
-            mend=f"1 to {LARGEST_DIMENSION}: the bonus keeps a dense matrix of dimension^2",
-        )
+    kept = len(pairs.index)
+    full = np.zeros((2, len(rows), features.shape[1]))
+    full[:, pairs.index] = features[: 2 * kept].reshape(2, kept, -1)
+    write_json(ctx.out / "truncation.json", pairs.report.to_dict())
+    ctx.cost["scored_tokens"] = float(sum(len(row.ids) for row in sequences))
+    return _Features(full, pairs.index, features[2 * kept :], scale)
 
 
 def pooled_states(
@@ -211,7 +186,7 @@ def pooled_states(
                 result = np.full((len(rows), pooled.shape[1]), np.nan)
             result[indices] = pooled.cpu().numpy()
             bar.update(len(indices))
-    assert result is not None  # both tables refuse to be empty
+    assert result is not None  # a table of pairs is never empty
     return result
 
 
@@ -221,22 +196,21 @@ def reduce_states(states: np.ndarray, prompts: Sequence[str], spec: FeaturesSpec
     Args:
         states: float64 (n, hidden).
         prompts: Prompt of each row, (n,).
-        spec: Centring, dimension and seed of the projection.
+        spec: Centring and dimension.
 
     Returns:
         Features, float64 (n, min(dimension, hidden)), the largest of norm 1 (or all zero), and the factor that
         scaled them.
     """
-    features = states
-    if spec.centre != "none":
-        groups = prompts if spec.centre == "prompt" else ["all"] * len(prompts)
-        _, group = np.unique(groups, return_inverse=True)
-        sums = np.zeros((int(group.max()) + 1, states.shape[1]))
-        np.add.at(sums, group, states)
-        features = states - (sums / np.bincount(group)[:, None])[group]
+    groups = prompts if spec.centre == "prompt" else ["all"] * len(prompts)
+    _, group = np.unique(groups, return_inverse=True)
+    sums = np.zeros((int(group.max()) + 1, states.shape[1]))
+    np.add.at(sums, group, states)
+    features = states - (sums / np.bincount(group)[:, None])[group]
     if spec.dimension < states.shape[1]:
-        # An orthonormal basis of a random subspace. Its columns' signs, which differ between LAPACKs, change no bonus.
-        rng = np.random.default_rng(derive_seed(spec.projection_seed, "features"))
+        # An orthonormal basis of a random subspace, the same for every seed and round: rounds must share features.
+        # Its columns' signs, which differ between LAPACKs, change no bonus.
+        rng = np.random.default_rng(derive_seed(0, "features"))
         basis, _ = np.linalg.qr(rng.normal(size=(states.shape[1], spec.dimension)))
         features = features @ basis
     largest = float(np.linalg.norm(features, axis=1).max())
@@ -247,16 +221,9 @@ def reduce_states(states: np.ndarray, prompts: Sequence[str], spec: FeaturesSpec
 def _features_estimate(
     spec: FeaturesSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]
 ) -> Estimate:
-    rows, parameters = inputs["rows"], inputs["policy"].parameters
-    tokens = rows.rows * rows.tokens
-    per_row = rows.tokens / 2 if spec.table == "pairs" else rows.tokens
-    return Estimate(
-        Facts(rows=rows.rows),
-        scored_tokens=tokens,
-        flops=2 * parameters * tokens,
-        memory_bytes=inference_memory(parameters, runtime.hardware.eval_batch * per_row, runtime),
-        overhead_seconds=1.0,
-    )
+    pairs = inputs["pairs"]
+    tokens = pairs.rows * pairs.tokens
+    return scoring_estimate(tokens, pairs.tokens / 2, pairs.rows, inputs["policy"].parameters, runtime)
 
 
 FEATURES = register(Stage("features", 1, "features", FeaturesSpec, _features, _features_estimate))
@@ -285,27 +252,12 @@ def _bonus(ctx: Context) -> None:
     from safetensors.numpy import load_file, save_file
 
     pairs, artifact = ctx.inputs["pairs"], ctx.inputs["features"]
-    if artifact.manifest["inputs"].get("rows") != pairs.key:
-        raise InvariantError(
-            f"the features were made from rows {artifact.manifest['inputs'].get('rows')}, not from these pairs",
-            where=f"bonus: features {artifact.key[:12]}, pairs {pairs.key[:12]}",
-            mend="pass the features of these very pairs",
-        )
+    artifact.require_made_from(pairs, "bonus: features")
     rows, table = pairs.jsonl("pairs.jsonl"), load_file(artifact.path(_FEATURES))
-    sides = [table.get(f"response_{k}") for k in (0, 1)]
-    if any(side is None or len(side) != len(rows) for side in sides):
-        raise InvariantError(
-            f"the features hold {', '.join(table)}, not two responses of each of {len(rows)} pairs",
-            where=f"bonus: features {artifact.key[:12]}",
-            mend="make the features with table=pairs",
-        )
     started = time.perf_counter()
-    first, second = (np.asarray(side) for side in sides)
-    train = np.array([row["split"] == "train" for row in rows])
-    used = train & ((first != 0).any(1) | (second != 0).any(1))
-    precision = Precision(first.shape[1], ctx.spec.ridge)
-    precision.add_all((first - second)[used])
-    bonus = np.stack([precision.norm(first), precision.norm(second)], 1)
+    sides = np.stack([table["response_0"], table["response_1"]])
+    precision, used = design(sides, rows, ctx.spec.ridge)
+    bonus = np.stack([precision.norm(side) for side in sides], 1)
     save_file(
         {f"bonus_{k}": np.ascontiguousarray(bonus[:, k]) for k in (0, 1)},
         ctx.out / "bonus.safetensors",
@@ -337,62 +289,136 @@ BONUS = register(
 )
 
 
+def design(sides: np.ndarray, rows: Sequence[Mapping[str, Any]], ridge: float) -> tuple[Precision, np.ndarray]:
+    """Sigma^-1 of the training pairs.
+
+    Args:
+        sides: Features (2, rows, d), all zero where a pair was dropped.
+        rows: The pairs.
+        ridge: gamma.
+
+    Returns:
+        The precision, and which rows (rows,) it was made from.
+    """
+    used = np.array([row["split"] == "train" for row in rows]) & (sides != 0).any((0, 2))
+    precision = Precision(sides.shape[2], ridge)
+    precision.add_all((sides[0] - sides[1])[used])
+    return precision, used
+
+
+# ---------------------------------------------------------------- what an optimist would say
+
+
+@dataclass(frozen=True)
+class TiltSpec:
+    """Responses of the optimistic version of a policy: pi(y|x) exp(w b(x, y) / beta), b = ||phi||_{Sigma^-1}.
+
+    A policy that has learnt r - <lambda, c> becomes, tilted with w = alpha_r + alpha_c * sum(lambda), the one that
+    the bonus inside both objectives aims at: exp((r + alpha_r b - <lambda, c - alpha_c b>) / beta). It is drawn by
+    resampling several responses of the policy itself, exact as their number grows, so that the bonus reaches
+    responses that no pair holds yet, which a loss over the pairs at hand cannot.
+
+    Inputs by role: policy (the frozen reference), pairs (all so far), responses (of the policy to tilt),
+    multipliers.
+
+    Source: online PD-DPO (arXiv 2510.05703), the optimistic policy; drawing it by resampling is ours.
+
+    Attributes:
+        features: Of the pairs and the responses.
+        ridge: gamma of Sigma.
+        beta: KL weight.
+        alpha_reward: Weight of the reward's bonus.
+        alpha_cost: Weight of each cost's bonus.
+        samples: Responses to keep per prompt, drawn with replacement.
+        first: Number of the first kept one.
+    """
+
+    features: FeaturesSpec
+    ridge: float
+    beta: float
+    alpha_reward: float
+    alpha_cost: float
+    samples: int
+    first: int
+
+
+def _tilt(ctx: Context) -> None:
+    spec: TiltSpec = ctx.spec
+    started = time.perf_counter()
+    pairs = ctx.inputs["pairs"].jsonl("pairs.jsonl")
+    # an empty response has no hidden state to speak of, and nothing to learn from
+    responses = [row for row in ctx.inputs["responses"].jsonl("responses.jsonl") if row["response_ids"]]
+    multipliers = ctx.inputs["multipliers"].json("multipliers.json")["multipliers"]
+    found = _reference_features(ctx, spec.features, pairs, responses)
+    precision, _ = design(found.pairs, pairs, spec.ridge)
+    bonus = precision.norm(found.others)
+    weight = (spec.alpha_reward + spec.alpha_cost * sum(multipliers.values())) / spec.beta
+    chosen: list[int] = []
+    kept: list[dict[str, Any]] = []
+    shares: list[float] = []
+    prompts = np.array([row["prompt_id"] for row in responses])
+    for prompt in dict.fromkeys(prompts):
+        rows = np.flatnonzero(prompts == prompt)
+        tilted = np.exp(weight * (bonus[rows] - bonus[rows].max()))
+        tilted /= tilted.sum()
+        shares.append(float(1.0 / (tilted**2).sum() / len(rows)))
+        # the k-th number belongs to the k-th kept response, however many are kept
+        numbers = uniforms(f"{derive_seed(ctx.seed, 'tilt')}/{prompt}", spec.first + spec.samples)[spec.first :]
+        picks = rows[np.searchsorted(tilted.cumsum(), numbers, side="right").clip(max=len(rows) - 1)]
+        chosen.extend(picks)
+        kept.extend(responses[pick] | {"sample": sample} for sample, pick in enumerate(picks, spec.first))
+    write_jsonl(ctx.out / "responses.jsonl", kept)
+    write_json(
+        ctx.out / "summary.json",
+        {
+            "responses": len(responses),
+            "kept": len(kept),
+            "weight": weight,
+            "mean_bonus": float(bonus.mean()),
+            "mean_bonus_kept": float(bonus[chosen].mean()),
+            "effective_share": float(np.mean(shares)),
+        },
+    )
+    ctx.cost["seconds"] = time.perf_counter() - started
+
+
+def _tilt_estimate(
+    spec: TiltSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]
+) -> Estimate:
+    pairs, responses = inputs["pairs"], inputs["responses"]
+    tokens = pairs.rows * pairs.tokens + responses.rows * responses.tokens
+    kept = hints["prompts"] * spec.samples
+    found = scoring_estimate(tokens, responses.tokens, kept, inputs["policy"].parameters, runtime)
+    return replace(found, facts=Facts(rows=kept, tokens=responses.tokens))
+
+
+TILT = register(Stage("tilt", 1, "responses", TiltSpec, _tilt, _tilt_estimate))
+
+
 # ---------------------------------------------------------------- several tables as one
 
 
 @dataclass(frozen=True)
 class JoinSpec:
-    """Pairs tables one after another: inputs part_0, part_1, ... and, with `labels`, labels_0, labels_1, ...
-
-    Attributes:
-        labels: Also join the parts' labels: the artifact then serves as pairs and as labels of a prefer stage.
-    """
-
-    labels: bool = False
+    """Pairs tables one after another: inputs part_0, part_1, ..."""
 
 
 def _join(ctx: Context) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    parts = _numbered(ctx, "part")
-    tables = [part.jsonl("pairs.jsonl") for part in parts]
+    tables = [part.jsonl("pairs.jsonl") for part in _parts(ctx)]
     rows = [row for table in tables for row in table]
     _check_one_split(rows)
-    report: dict[str, Any] = {"n_rows": len(rows), "parts": [len(table) for table in tables]}
-    if ctx.spec.labels:
-        labels = _numbered(ctx, "labels")
-        if len(labels) != len(parts):
-            raise ConfigError(
-                f"{len(labels)} labels for {len(parts)} parts", where="join", mend="give every part its labels"
-            )
-        loaded = []
-        for number, (part, artifact, table) in enumerate(zip(parts, labels, tables, strict=True)):
-            found = load_file(artifact.path("labels.safetensors"))
-            own = artifact.key == part.key or part.key in artifact.manifest["inputs"].values()
-            if not own or any(len(found[name]) != len(table) for name in ("preferred", "probability")):
-                raise InvariantError(
-                    f"labels_{number} ({artifact.key[:12]}) are not those of part_{number} ({part.key[:12]})",
-                    where=f"join: labels made from {artifact.manifest['inputs']}",
-                    mend="pass the parts and their labels in the same order",
-                )
-            loaded.append(found)
-        save_file(
-            {name: np.concatenate([found[name] for found in loaded]) for name in ("preferred", "probability")},
-            ctx.out / "labels.safetensors",
-        )
     write_jsonl(ctx.out / "pairs.jsonl", rows)
-    write_json(ctx.out / "report.json", report)
+    write_json(ctx.out / "report.json", {"n_rows": len(rows), "parts": [len(table) for table in tables]})
 
 
-def _numbered(ctx: Context, role: str) -> list[Artifact]:
-    """Inputs role_0, role_1, ... in order of their numbers (part_10 comes after part_9)."""
-    count = sum(name.rpartition("_")[0] == role for name in ctx.inputs)
-    wanted = [f"{role}_{n}" for n in range(count)]
-    if not count or any(name not in ctx.inputs for name in wanted):
+def _parts(ctx: Context) -> list[Artifact]:
+    """Inputs part_0, part_1, ... in order of their numbers (part_10 comes after part_9)."""
+    wanted = [f"part_{n}" for n in range(len(ctx.inputs))]
+    if not wanted or any(name not in ctx.inputs for name in wanted):
         raise ConfigError(
             f"the inputs are {', '.join(ctx.inputs) or 'none'}",
             where="join",
-            mend=f"number them without a gap: {role}_0, {role}_1, ...",
+            mend="number them without a gap: part_0, part_1, ...",
         )
     return [ctx.inputs[name] for name in wanted]
 
@@ -412,7 +438,7 @@ def _check_one_split(rows: list[dict[str, Any]]) -> None:
 def _join_estimate(
     spec: JoinSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]
 ) -> Estimate:
-    parts = [facts for role, facts in inputs.items() if role.startswith("part_")]
+    parts = list(inputs.values())
     rows = sum(part.rows for part in parts)
     return Estimate(Facts(rows=rows, tokens=sum(part.rows * part.tokens for part in parts) / max(rows, 1)))
 

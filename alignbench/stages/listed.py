@@ -7,7 +7,6 @@ is exact arithmetic on them.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
@@ -18,12 +17,13 @@ import numpy as np
 
 from alignbench.data.templates import render_prompt
 from alignbench.data.tokenize import encode
+from alignbench.engine.generate import uniforms
 from alignbench.engine.runtime import derive_seed
 from alignbench.errors import DataError, InvariantError
 from alignbench.models import policy as policies
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register
 from alignbench.stages.tokens import TokenSpec
-from alignbench.store import Artifact, write_json, write_jsonl
+from alignbench.store import write_json, write_jsonl
 from alignbench.worlds import enumerable, handbook
 
 log = logging.getLogger(__name__)
@@ -40,17 +40,20 @@ class ListedWorldSpec:
     Attributes:
         world: Sizes and seed.
         answers: Most answers per prompt, 2 to 64.
+        mild_share: Share of 'mild' among the demonstrations' answers that help.
     """
 
     world: handbook.WorldSpec
     answers: int
+    mild_share: float = enumerable.MILD_SHARE
 
 
 def _listed_world(ctx: Context) -> None:
     spec: ListedWorldSpec = ctx.spec
     prompts = handbook.prompts(spec.world)
     write_jsonl(ctx.out / "prompts.jsonl", [asdict(p) | {"prompt": p.text} for p in prompts])
-    write_jsonl(ctx.out / "demonstrations.jsonl", enumerable.demonstrations(spec.world, prompts, spec.answers))
+    shown = enumerable.demonstrations(spec.world, prompts, spec.answers, spec.mild_share)
+    write_jsonl(ctx.out / "demonstrations.jsonl", shown)
     write_jsonl(
         ctx.out / "answers.jsonl",
         [
@@ -238,11 +241,13 @@ class DrawSpec:
         splits: Splits to draw for; each must be on the list.
         samples: Draws per prompt, with replacement.
         without: Answers with any of these features are left out, and the rest renormalised.
+        first: Number of the first draw; draws of other numbers are independent of these.
     """
 
     splits: tuple[str, ...]
     samples: int
     without: tuple[str, ...] = ()
+    first: int = 0
 
 
 def _draw(ctx: Context) -> None:
@@ -265,8 +270,12 @@ def _draw(ctx: Context) -> None:
                 where="dataset.world.uncovered",
                 mend="leave out fewer features, or raise dataset.world.answers",
             )
-        chosen = _inverse_cdf(weights.log_weights[candidates], _uniforms(seed, prompt_id, spec.samples))
-        for sample, row in enumerate(rows[candidates[k]] for k in chosen):
+        chosen = _inverse_cdf(
+            # one stream per prompt: the k-th number belongs to the k-th draw, however many there are
+            weights.log_weights[candidates],
+            uniforms(f"{seed}/{prompt_id}", spec.first + spec.samples)[spec.first :],
+        )
+        for sample, row in enumerate((rows[candidates[k]] for k in chosen), spec.first):
             drawn.append(
                 {
                     "prompt_id": prompt_id,
@@ -288,7 +297,7 @@ def _policy_on_list(ctx: Context) -> tuple[list[dict[str, Any]], np.ndarray]:
     from safetensors.numpy import load_file
 
     listed, logprobs = ctx.inputs["listed"], ctx.inputs["logprobs"]
-    _check_made_from(logprobs, "rows", listed, "log-probs")
+    logprobs.require_made_from(listed, "log-probs of the list")
     rows = listed.jsonl("responses.jsonl")
     values = load_file(logprobs.path("responses.safetensors"))["response"]
     if len(values) != len(rows):
@@ -298,16 +307,6 @@ def _policy_on_list(ctx: Context) -> tuple[list[dict[str, Any]], np.ndarray]:
             mend="pass the log-probs of this list; remove them from the store if they were edited",
         )
     return rows, values
-
-
-def _check_made_from(artifact: Artifact, role: str, expected: Artifact, what: str) -> None:
-    found = artifact.manifest["inputs"].get(role)
-    if found != expected.key:
-        raise InvariantError(
-            f"the {what} were made from {role} {found}, not from the list {expected.key}",
-            where=artifact.key,
-            mend=f"pass {what} made from this very list",
-        )
 
 
 def _check_splits(splits: Sequence[str], listed: Sequence[Mapping[str, Any]]) -> None:
@@ -352,12 +351,6 @@ def _inverse_cdf(log_weights: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
     return np.searchsorted(cumulative, uniforms * cumulative[-1], side="right").clip(max=positive)
 
 
-def _uniforms(seed: int, prompt_id: str, count: int) -> np.ndarray:
-    """The k-th number belongs to the k-th draw for this prompt, however many there are: Philox is counter-based."""
-    key = hashlib.sha256(f"{seed}/{prompt_id}".encode()).digest()[:16]
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "big"))).random(count)
-
-
 DRAW = register(
     Stage(
         "draw",
@@ -383,7 +376,7 @@ def _lookup(ctx: Context) -> None:
 
     started = time.perf_counter()
     drawn = ctx.inputs["rows"]
-    _check_made_from(drawn, "listed", ctx.inputs["listed"], "draws")
+    drawn.require_made_from(ctx.inputs["listed"], "draws")
     listed, logprobs = _policy_on_list(ctx)
     weights = list_log_weights(listed, logprobs)
     position = {(row["prompt_id"], row["answer"]): i for i, row in enumerate(listed)}

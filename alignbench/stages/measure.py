@@ -19,7 +19,16 @@ from alignbench.errors import DataError
 from alignbench.models import policy as policies
 from alignbench.models.scorers import find_scorer
 from alignbench.stages.data import WORLD_RESPONSE_TOKENS
-from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, inference_memory, register
+from alignbench.stages.stage import (
+    Context,
+    Estimate,
+    Facts,
+    Runtime,
+    Stage,
+    inference_memory,
+    register,
+    scoring_estimate,
+)
 from alignbench.stages.tokens import (
     TokenSpec,
     encode_pairs,
@@ -41,6 +50,7 @@ class SampleSpec:
         sampling: Temperature, top-p, most new tokens.
         tokens: Template and lengths.
         dtype: Parameter dtype.
+        first: Number of the first sample; samples of other numbers are independent of these.
     """
 
     splits: tuple[str, ...]
@@ -48,6 +58,7 @@ class SampleSpec:
     sampling: SamplingConfig
     tokens: TokenSpec
     dtype: str
+    first: int = 0
 
 
 def _sample(ctx: Context) -> None:
@@ -66,7 +77,7 @@ def _sample(ctx: Context) -> None:
         Request(p["prompt_id"], ids, k)
         for p in prompts
         for ids in (tuple(prompt_ids(tokenizer, p["prompt"], spec.tokens)),)
-        for k in range(spec.samples)
+        for k in range(spec.first, spec.first + spec.samples)
     ]
     started = time.perf_counter()
     with peak_memory(ctx.cost, device):
@@ -256,16 +267,10 @@ def _response_table(ctx: Context, tokenizer: Any) -> dict[str, Table]:
 def _logprobs_estimate(
     spec: LogProbsSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]
 ) -> Estimate:
-    rows, parameters = inputs["rows"], inputs["policy"].parameters
+    rows = inputs["rows"]
     tokens = rows.rows * rows.tokens * (2 if spec.mismatched else 1)
     per_row = rows.tokens / 2 if spec.table == "pairs" else rows.tokens
-    return Estimate(
-        Facts(rows=rows.rows),
-        scored_tokens=tokens,
-        flops=2 * parameters * tokens,
-        memory_bytes=inference_memory(parameters, runtime.hardware.eval_batch * per_row, runtime),
-        overhead_seconds=1.0,
-    )
+    return scoring_estimate(tokens, per_row, rows.rows, inputs["policy"].parameters, runtime)
 
 
 LOGPROBS = register(Stage("logprobs", 1, "logprobs", LogProbsSpec, _logprobs, _logprobs_estimate))

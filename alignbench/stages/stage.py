@@ -164,3 +164,14 @@ def inference_memory(parameters: float, tokens: float, runtime: Runtime) -> floa
     """Peak bytes of a forward-only stage."""
     width = 2 if runtime.hardware.dtype == "bf16" else 4
     return parameters * width + activation_bytes(parameters, tokens, runtime, train=False)
+
+
+def scoring_estimate(tokens: float, per_row: float, rows: float, parameters: float, runtime: Runtime) -> Estimate:
+    """Estimate of a stage that runs `tokens` through a policy, forward only, `per_row` of them in a sequence."""
+    return Estimate(
+        Facts(rows=rows),
+        scored_tokens=tokens,
+        flops=2 * parameters * tokens,
+        memory_bytes=inference_memory(parameters, runtime.hardware.eval_batch * per_row, runtime),
+        overhead_seconds=1.0,
+    )

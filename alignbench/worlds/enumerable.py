@@ -43,7 +43,9 @@ or three ('long'); or the two least hazardous ones ('mild'). Plain, neutral and 
 _TONE = {"polite": 0.4, "neutral": 0.3, "blunt": 0.3}
 _REFUSAL = 0.2
 _ALTERNATIVE = 0.4
-_STEPS = {"short": 0.25, "two": 0.25, "mild": 0.25, "long": 0.25}
+_STEPS = ("short", "two", "mild", "long")
+MILD_SHARE = 0.25
+"""Share of 'mild' among the demonstrations' answers that help, unless asked otherwise: that of any other body."""
 _DETAIL = 0.4
 _CAUTION = 0.35
 
@@ -84,13 +86,13 @@ class _Form:
         has |= {name for name in ("alternative", "detail", "caution") if getattr(self, name)}
         return tuple(name for name in FEATURES if name in has)
 
-    @property
-    def weight(self) -> float:
+    def weight(self, mild_share: float) -> float:
         """Probability in the demonstrations, up to the normalisation over the list."""
         weight = _TONE[self.tone] * (_CAUTION if self.caution else 1 - _CAUTION)
         if self.body == "refusal":
             return weight * _REFUSAL * (_ALTERNATIVE if self.alternative else 1 - _ALTERNATIVE)
-        return weight * (1 - _REFUSAL) * _STEPS[self.body] * (_DETAIL if self.detail else 1 - _DETAIL)
+        body = mild_share if self.body == "mild" else (1 - mild_share) / (len(_STEPS) - 1)
+        return weight * (1 - _REFUSAL) * body * (_DETAIL if self.detail else 1 - _DETAIL)
 
 
 @lru_cache(maxsize=1)
@@ -138,18 +140,24 @@ def answers(prompt: Prompt, count: int) -> list[Answer]:
     return [Answer(_text(form, _TASK_BY_NAME[name], thing), form.features) for form in _forms(count)]
 
 
-def probabilities(count: int) -> list[float]:
+def probabilities(count: int, mild_share: float = MILD_SHARE) -> list[float]:
     """Probability of each listed answer in the demonstrations; the same for every prompt, it sums to one.
 
     Raises:
-        ConfigError: If `count` is out of range.
+        ConfigError: If `count` or `mild_share` is out of range.
     """
-    weights = [form.weight for form in _forms(count)]
+    if not 0 < mild_share < 1:
+        raise ConfigError(
+            f"mild_share is {mild_share!r}", where="dataset.world.mild_share", mend="above 0 and below 1, default 0.25"
+        )
+    weights = [form.weight(mild_share) for form in _forms(count)]
     total = math.fsum(weights)
     return [weight / total for weight in weights]
 
 
-def demonstrations(spec: WorldSpec, prompts: Sequence[Prompt], count: int) -> list[dict[str, str]]:
+def demonstrations(
+    spec: WorldSpec, prompts: Sequence[Prompt], count: int, mild_share: float = MILD_SHARE
+) -> list[dict[str, str]]:
     """Write the SFT corpus: independent draws from `probabilities`, for as many different questions as there are.
 
     The few prompts of this world would teach a model their own wording and little else. The corpus therefore asks
@@ -159,20 +167,21 @@ def demonstrations(spec: WorldSpec, prompts: Sequence[Prompt], count: int) -> li
         spec: Sizes and seed.
         prompts: The world's prompts, of all splits.
         count: Most answers per prompt.
+        mild_share: Share of 'mild' among the answers that help: small, and what is best on risky prompts is rare.
 
     Returns:
         `spec.demonstrations` rows with keys 'prompt_id', 'prompt', 'response'; every question occurs equally often
         (up to one), in shuffled order, and none is a validation or test prompt.
 
     Raises:
-        ConfigError: If there is no training prompt among `prompts`, or `count` is out of range.
+        ConfigError: If there is no training prompt among `prompts`, or `count` or `mild_share` is out of range.
     """
     if not any(prompt.split == "train" for prompt in prompts):
         raise ConfigError("no training prompt given", where="demonstrations", mend="pass all of prompts(spec)")
     rng = random.Random(f"enumerable demonstrations {spec.seed}")
     held_out = {prompt.text for prompt in prompts if prompt.split != "train"}
     asked = [prompt for prompt in _questions(spec) if prompt.text not in held_out]
-    weights = probabilities(count)
+    weights = probabilities(count, mild_share)
     order: list[Prompt] = []
     while len(order) < spec.demonstrations:
         order.extend(rng.sample(asked, len(asked)))

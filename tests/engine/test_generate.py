@@ -135,7 +135,7 @@ def test_sampling_probabilities_are_those_of_an_unpadded_forward_pass(name, endi
     responses = sample(model, requests, batch=len(requests), temperature=temperature, top_p=top_p)
     assert len({len(r.ids) for r in requests}) > 3
     # every (request, position) has a uniform number of its own, which says whose log-prob was recorded
-    numbers = [module._uniforms(7, r.prompt_id, r.sample, 12) for r in requests]
+    numbers = [module.uniforms(f"7/{r.prompt_id}/{r.sample}", 12) for r in requests]
     sampled = [sum(used[u] for u in own[: len(ids)]) for own, ids in zip(numbers, responses, strict=True)]
     rows = [Row([*r.ids, *ids], len(r.ids)) for r, ids in zip(requests, responses, strict=True)]
     np.testing.assert_allclose(tiny.logprobs(model, rows), sampled, atol=1e-4)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from method_runs import needed
 from safetensors.numpy import load_file
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
@@ -113,4 +114,11 @@ def test_offline_pairs_leave_out_what_is_uncovered_and_online_ones_find_it(tmp_p
     assert careful & texts[1]
     joined = made.artifact("join online 1").jsonl("pairs.jsonl")
     assert len(joined) == len(offline) + len(fresh)
+    # the preset draws from the tilted policy: what it kept is among the candidates, and less known than they are
+    tilt = made.artifact("tilt online 1")
+    candidates = {(row["prompt"], row["response"]) for row in needed(made, "tilt online 1", "responses").jsonl(
+        "responses.jsonl"
+    )}  # fmt: skip
+    assert {(row["prompt"], row["response_0"]) for row in fresh} <= candidates
+    assert tilt.json("summary.json")["mean_bonus_kept"] > tilt.json("summary.json")["mean_bonus"]
     assert made.record["cost"]["models_in_memory_while_training"] == 1

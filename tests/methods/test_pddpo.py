@@ -247,17 +247,53 @@ def test_online_data_grow_by_round_and_the_last_round_explores_no_more(tmp_path:
             bonus = step.inputs["bonus"]
             assert bonus is cost.inputs["bonus"]
             assert bonus.inputs["pairs"] is data
-            assert bonus.inputs["features"].inputs == {"policy": nodes["sft"], "rows": data}
+            assert bonus.inputs["features"].inputs == {"policy": nodes["sft"], "pairs": data}
+            assert not {"tilt online 1", "candidates 1"} & set(nodes)
         reward, policy = step, cost
     assert "join online 3" not in nodes
     assert outcome.policies["online_pd_dpo"] is policy
     assert outcome.models == ("reward-aligned policy", "policy")
 
 
+def test_fresh_pairs_of_different_rounds_are_different_draws(tmp_path: Path) -> None:
+    _, _, _, nodes = plan(tmp_path, "method=online_pd_dpo", "method.rounds=3", "method.online.pairs_per_prompt=2")
+    numbers = [range(0, 2 * 10)]  # behind the offline pairs, two responses each
+    for k in (1, 2):
+        for role in ("first", "second"):
+            drawn = nodes[f"label online {k}"].inputs[role].identity.spec
+            numbers.append(range(drawn.first, drawn.first + drawn.samples))
+    offline, *fresh = numbers
+    assert fresh[0] == fresh[1] != fresh[2] == fresh[3]  # of two policies: equal numbers do no harm
+    assert all(set(offline).isdisjoint(one) for one in fresh)
+    assert set(fresh[0]).isdisjoint(fresh[2])
+
+
+def test_the_tilted_policy_gathers_and_the_losses_are_left_alone(tmp_path: Path) -> None:
+    overrides = ("method.online.bonus=sampling", "method.online.candidates=5", "method.online.alpha_cost=0.5")
+    lab, _, _, nodes = plan(tmp_path, "method=online_pd_dpo", "method.rounds=3", *overrides)
+    for k in (1, 2):
+        tilt = nodes[f"tilt online {k}"]
+        policy = nodes[f"prefer safety, online_pd_dpo {k}"]
+        assert nodes[f"label online {k}"].inputs["first"] is tilt
+        assert tilt.inputs["responses"].inputs["policy"] is policy
+        assert tilt.inputs["responses"].identity.spec.samples == 5
+        assert tilt.inputs["policy"] is nodes["sft"]
+        assert tilt.inputs["pairs"] is policy.inputs["pairs"]
+        assert tilt.inputs["multipliers"] is policy.inputs["multipliers"]
+        spec = tilt.identity.spec
+        assert (spec.beta, spec.alpha_reward, spec.alpha_cost) == (lab.config.constraint.beta, 1.0, 0.5)
+        assert spec.samples == 2
+        assert "bonus" not in policy.inputs
+    assert "tilt online 3" not in nodes
+    assert "features" not in {node.stage.name for node in nodes.values()}
+
+
 def test_without_alpha_no_feature_is_computed(tmp_path: Path) -> None:
     off = ("method.online.alpha_reward=0", "method.online.alpha_cost=0")
     _, _, _, nodes = plan(tmp_path, "method=online_pd_dpo", *off)
-    assert not {node.stage.name for node in nodes.values()} & {"features", "bonus"}
+    assert not {node.stage.name for node in nodes.values()} & {"features", "bonus", "tilt"}
+    _, _, _, quiet = plan(tmp_path, "method=online_pd_dpo", "method.online.bonus=sampling", *off)
+    assert not {node.stage.name for node in quiet.values()} & {"features", "bonus", "tilt"}
     _, _, _, one = plan(tmp_path, "method=online_pd_dpo", off[0])
     assert "bonus" not in one["prefer reward, online_pd_dpo 1"].inputs
     assert "bonus" in one["prefer safety, online_pd_dpo 1"].inputs
@@ -313,6 +349,11 @@ def test_an_online_run_pairs_the_policy_with_the_reference_on_disjoint_prompts(o
         (["method=online_pd_dpo", "method.online.parts=0"], "method.online", "at least one of each"),
         (["method=online_pd_dpo", "method.online.ridge=0"], "method.online", "positive ridge"),
         (["method=online_pd_dpo", "method.online.alpha_cost=-1"], "method.online", "alpha >= 0"),
+        (["method=online_pd_dpo", "method.online.bonus=always"], "method.online.bonus", "objectives or sampling"),
+        (["method=online_pd_dpo", "method.online.candidates=1"], "method.online", "two candidates"),
+        (["method=online_pd_dpo", "method.online.dimension=999"], "method.online.dimension", "1 to 256"),
+        (["method=online_pd_dpo", "method.online.pooling=max"], "method.online.pooling", "last, mean"),
+        (["method=online_pd_dpo", "method.online.centre=none"], "method.online.centre", "prompt, all"),
     ],
 )
 def test_settings_that_cannot_run_are_refused(tmp_path: Path, overrides: list[str], where: str, says: str) -> None:

@@ -166,3 +166,38 @@ def test_demonstrations_are_a_function_of_the_seed(prompts):
 def test_demonstrations_need_training_prompts(prompts):
     with pytest.raises(ConfigError, match="no training prompt"):
         enumerable.demonstrations(SPEC, [prompt for prompt in prompts if prompt.split == "test"], 8)
+
+
+@pytest.mark.parametrize("share", [0.02, 0.25, 0.9])
+def test_mild_answers_have_their_share_of_those_that_help(prompts, share):
+    weights = np.array(enumerable.probabilities(ALL, share))
+    features = [set(answer.features) for answer in enumerable.answers(prompts[0], ALL)]
+    helps = np.array(["refusal" not in has for has in features])
+    mild = np.array(["mild" in has for has in features])
+    assert weights.sum() == pytest.approx(1.0)
+    assert weights[mild].sum() / weights[helps].sum() == pytest.approx(share)
+    # nothing else moves: refusals keep their share, and the other bodies theirs of each other
+    usual = np.array(enumerable.probabilities(ALL))
+    assert weights[~helps].sum() == pytest.approx(usual[~helps].sum())
+    np.testing.assert_allclose(weights[helps & ~mild] / usual[helps & ~mild], (1 - share) / 0.75)
+
+
+def test_demonstrations_show_as_many_mild_answers_as_asked(prompts):
+    spec = dataclasses.replace(SPEC, demonstrations=4000)
+    by_text = {
+        (prompt.text, answer.text): set(answer.features)
+        for prompt in enumerable._questions(spec)
+        for answer in enumerable.answers(prompt, ALL)
+    }
+    for share in (0.04, 0.25):
+        rows = enumerable.demonstrations(spec, prompts, ALL, share)
+        shown = [by_text[row["prompt"], row["response"]] for row in rows]
+        helping = [has for has in shown if "refusal" not in has]
+        found = sum("mild" in has for has in helping) / len(helping)
+        assert abs(found - share) < 4 * (share * (1 - share) / len(helping)) ** 0.5
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0, -0.1])
+def test_a_share_that_leaves_something_out_is_refused(share):
+    with pytest.raises(ConfigError, match="mild_share"):
+        enumerable.probabilities(ALL, share)
