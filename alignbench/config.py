@@ -155,6 +155,7 @@ class HardwareConfig:
 
     device: str = MISSING
     dtype: str = MISSING
+    processes: int = 1
     zero_stage: int = MISSING
     offload: str = "none"
     micro_batch: int = MISSING
@@ -337,6 +338,7 @@ def validate(config: Config, settings: Any) -> None:
     _check_model(config.model, "model")
     _check_dataset(config)
     _check_hardware(config.hardware)
+    _check_shares(config.hardware.processes, {"model": config.model, "method": settings})
     _check_evaluation(config)
     if config.tracking.mode not in ("online", "offline", "disabled"):
         raise _unknown("tracking.mode", config.tracking.mode, ("online", "offline", "disabled"))
@@ -555,7 +557,7 @@ def _check_hardware(hardware: HardwareConfig) -> None:
             where="hardware.offload",
             mend="hardware.offload=none, or hardware=gpu_zero3",
         )
-    for name in ("micro_batch", "eval_batch", "generation_batch", "checkpoint_every"):
+    for name in ("processes", "micro_batch", "eval_batch", "generation_batch", "checkpoint_every"):
         if getattr(hardware, name) < 1:
             raise ConfigError(f"hardware.{name} must be at least 1", where=f"hardware.{name}", mend="raise it")
     no_memory = hardware.memory_gib is not None and hardware.memory_gib <= 0
@@ -566,6 +568,16 @@ def _check_hardware(hardware: HardwareConfig) -> None:
             where="hardware",
             mend="threads >= 0, flops_per_second > 0, memory_gib > 0 or null",
         )
+
+
+def _check_shares(processes: int, where: dict[str, Any]) -> None:
+    """Every optimiser step must divide among the processes."""
+    for name, value in where.items():
+        if isinstance(value, TrainConfig) and value.batch_size % processes:
+            what = f"{value.batch_size} examples per optimiser step cannot be divided among {processes} processes"
+            raise ConfigError(what, where=f"{name}.batch_size", mend=f"a multiple of {processes}, or other processes")
+        if dataclasses.is_dataclass(value):
+            _check_shares(processes, {f"{name}.{f.name}": getattr(value, f.name) for f in dataclasses.fields(value)})
 
 
 def _check_evaluation(config: Config) -> None:

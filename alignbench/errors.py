@@ -36,5 +36,9 @@ class StoreError(AlignbenchError):
     """The artifact store cannot be read or written."""
 
 
+class RankError(AlignbenchError):
+    """A process of a stage that runs on several failed with an error that is none of these, or died."""
+
+
 class InvariantError(AlignbenchError):
     """A run-time invariant does not hold (for instance a step-0 DPO loss that is not ln 2)."""

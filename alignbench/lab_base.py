@@ -13,6 +13,7 @@ from alignbench.config import ArchitectureConfig, Config, SourceConfig
 from alignbench.data.readers import Source
 from alignbench.data.readers import fingerprint as data_fingerprint
 from alignbench.errors import ConfigError
+from alignbench.launch import run_on_ranks
 from alignbench.models.policy import fingerprint as model_fingerprint
 from alignbench.models.policy import shape_of
 from alignbench.stages.policies import lora_parameter_count
@@ -177,18 +178,20 @@ class LabBase:
 
         def produce(workspace: Workspace) -> None:
             log.info("%s: running (%s %s)", node.label, node.stage.name, node.key[:12])
-            node.stage.run(
-                Context(
-                    spec=node.identity.spec,
-                    inputs={role: source.result for role, source in node.inputs.items()},
-                    seed=node.identity.seed,
-                    out=workspace.out,
-                    work=workspace.work,
-                    cost=workspace.cost,
-                    runtime=self.runtime,
-                    on_metrics=lambda step, metrics: self.tracker.log(node.label, step, metrics),
-                )
+            context = Context(
+                spec=node.identity.spec,
+                inputs={role: source.result for role, source in node.inputs.items()},
+                seed=node.identity.seed,
+                out=workspace.out,
+                work=workspace.work,
+                cost=workspace.cost,
+                runtime=self.runtime,
+                on_metrics=lambda step, metrics: self.tracker.log(node.label, step, metrics),
             )
+            if node.stage.parallel and self.config.hardware.processes > 1:
+                run_on_ranks(node.stage, context)
+            else:
+                node.stage.run(context)
 
         started = time.perf_counter()
         node.artifact, node.built = self.store.obtain(node.identity, produce)

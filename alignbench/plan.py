@@ -17,6 +17,9 @@ from alignbench.errors import ConfigError
 from alignbench.lab import Lab, Node
 from alignbench.stages.stage import Estimate, Facts
 
+#: What starting a stage's processes costs: interpreter, imports and rendezvous; measured on 2 cores.
+START_SECONDS = 6.0
+
 
 @dataclass
 class PlanLab(Lab):
@@ -33,9 +36,11 @@ class PlanLab(Lab):
         return self.estimates[node.key].facts
 
 
-def seconds_of(estimate: Estimate, hardware: HardwareConfig) -> float:
-    """Expected wall time of a stage that is not cached."""
-    return estimate.overhead_seconds + estimate.flops / hardware.flops_per_second
+def seconds_of(estimate: Estimate, hardware: HardwareConfig, *, parallel: bool = True) -> float:
+    """Expected wall time of a stage that is not cached; `parallel`: the processes share its work."""
+    processes = hardware.processes if parallel else 1
+    start = START_SECONDS if processes > 1 else 0.0
+    return start + estimate.overhead_seconds + estimate.flops / (hardware.flops_per_second * processes)
 
 
 def memory_limit(hardware: HardwareConfig) -> float:
@@ -93,7 +98,7 @@ def show(lab: PlanLab, console: Console) -> None:
         e = lab.estimates[key]
         cached = node.artifact is not None
         figures = [e.trained_tokens, e.generated_tokens, e.scored_tokens, e.flops]
-        seconds = 0.0 if cached else seconds_of(e, lab.config.hardware)
+        seconds = 0.0 if cached else seconds_of(e, lab.config.hardware, parallel=node.stage.parallel)
         if not cached:
             totals = [a + b for a, b in zip(totals, [*figures, seconds], strict=True)]
             peak = max(peak, e.memory_bytes)

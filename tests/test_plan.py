@@ -21,7 +21,7 @@ from alignbench.config import problem_of, resolve, run_id, validate
 from alignbench.errors import ConfigError
 from alignbench.lab import Lab
 from alignbench.methods import METHODS, find_method
-from alignbench.plan import PlanLab, check_fits, memory_limit, seconds_of
+from alignbench.plan import START_SECONDS, PlanLab, check_fits, memory_limit, seconds_of
 from alignbench.record import read_records
 from alignbench.run import execute
 from alignbench.stages.policies import PreferSpec
@@ -283,7 +283,11 @@ def runtime() -> Runtime:
 
 def test_seconds_are_overhead_and_flops_over_speed() -> None:
     hardware = replace(runtime().hardware, flops_per_second=100.0)
-    assert seconds_of(Estimate(flops=250.0, overhead_seconds=2.0), hardware) == 4.5
+    estimate = Estimate(flops=250.0, overhead_seconds=2.0)
+    assert seconds_of(estimate, hardware) == 4.5
+    several = replace(hardware, processes=5)
+    assert seconds_of(estimate, several) == 2.5 + START_SECONDS
+    assert seconds_of(estimate, several, parallel=False) == 4.5
 
 
 # ---------------------------------------------------------------- refusals

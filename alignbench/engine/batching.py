@@ -7,8 +7,9 @@ or another number of ranks sees the same examples in the same optimiser step.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -83,8 +84,22 @@ def fitting_micro_batch(batch_size: int, micro_batch: int) -> int:
     return next(size for size in range(min(batch_size, micro_batch), 0, -1) if batch_size % size == 0)
 
 
-def length_sorted(rows: Sequence[Row], batch: int) -> Iterator[np.ndarray]:
-    """Indices of `rows` in batches of similar length (least padding); the order is deterministic."""
-    order = np.argsort([len(row.ids) for row in rows], kind="stable")
-    for start in range(0, len(order), batch):
-        yield order[start : start + batch]
+class Sequenced(Protocol):
+    """Anything with token ids."""
+
+    @property
+    def ids(self) -> Sequence[int]:
+        """Token ids."""
+
+
+def length_sorted(rows: Sequence[Sequenced], batch: int, ranks: int = 1) -> list[list[int]]:
+    """Indices of `rows` in batches of similar length (least padding); the order is deterministic.
+
+    Args:
+        rows: What is to be batched.
+        batch: Most rows in a batch.
+        ranks: How many processes share the batches: they are made small enough for each to get one.
+    """
+    order = np.argsort([len(row.ids) for row in rows], kind="stable").tolist()
+    size = max(1, min(batch, -(-len(rows) // ranks)))
+    return [order[start : start + size] for start in range(0, len(order), size)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from alignbench.engine import group
 from alignbench.errors import StoreError
 from alignbench.store import atomic_write_json, read_json
 
@@ -45,11 +46,12 @@ class Checkpoints:
             OSError: the disk is full; the previous checkpoint is still whole.
         """
         tag = f"step-{step}"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        self._discard(tag)
-        client = {"step": step, "torch_rng": torch.get_rng_state(), **state}
-        if torch.cuda.is_available():
-            client["cuda_rng"] = torch.cuda.get_rng_state_all()
+        if group.rank() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._discard(tag)
+        group.barrier()
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+        client = {"step": step, "rng": group.gather((torch.get_rng_state(), cuda)), **state}
         try:
             engine.save_checkpoint(
                 str(self._folder),
@@ -60,10 +62,18 @@ class Checkpoints:
             )
         except (OSError, RuntimeError) as error:
             full = shutil.disk_usage(self._folder).free < 1 << 22
-            self._discard(tag)  # half a checkpoint must not keep a full disk full
+            if group.rank() == 0:
+                self._discard(tag)  # half a checkpoint must not keep a full disk full
             if isinstance(error, OSError) or not (full or any(text in str(error).lower() for text in _WRITE_FAULTS)):
                 raise
             raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(self._folder)) from error
+        group.barrier()
+        if group.rank() == 0:
+            self._complete(tag, step)
+        group.barrier()
+
+    def _complete(self, tag: str, step: int) -> None:
+        """Say that every rank's files are whole, then forget older checkpoints."""
         for path in (self._folder / tag).glob("*"):  # on the disk before the marker says so
             with path.open("rb") as stream:
                 os.fsync(stream.fileno())
@@ -102,9 +112,10 @@ class Checkpoints:
                 where=str(self._folder),
                 mend="remove that folder and run the same command again: the stage starts anew",
             ) from error
-        torch.set_rng_state(client["torch_rng"])
-        if torch.cuda.is_available() and "cuda_rng" in client:
-            torch.cuda.set_rng_state_all(client["cuda_rng"])
+        own, cuda = client["rng"][group.rank()]
+        torch.set_rng_state(own)
+        if torch.cuda.is_available() and cuda is not None:
+            torch.cuda.set_rng_state_all(cuda)
         return dict(client)
 
     def _sizes(self, tag: str) -> dict[str, int]:

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from alignbench.config import SamplingConfig
+from alignbench.engine import group
+from alignbench.engine.batching import length_sorted
 from alignbench.engine.logprobs import progress
 
 
@@ -53,16 +55,14 @@ def generate(
     Returns:
         Response ids in the order of `requests`; one without `eos_id` at its end was cut at max_new_tokens.
     """
-    order = np.argsort([len(r.ids) for r in requests], kind="stable")
-    responses: list[list[int]] = [[] for _ in requests]
+
+    def answer(indices: Sequence[int]) -> list[list[int]]:
+        found = _sample(policy, [requests[i] for i in indices], sampling, eos_id, pad_id, seed, device)
+        bar.update(min(len(indices) * group.world(), len(requests) - bar.n))
+        return found
+
     with torch.inference_mode(), progress(len(requests), "sample", "resp") as bar:
-        for start in range(0, len(order), batch):
-            indices = order[start : start + batch]
-            chunk = [requests[i] for i in indices]
-            for index, ids in zip(indices, _sample(policy, chunk, sampling, eos_id, pad_id, seed, device), strict=True):
-                responses[index] = ids
-            bar.update(len(chunk))
-    return responses
+        return group.spread(length_sorted(requests, batch, group.world()), answer)
 
 
 def _sample(

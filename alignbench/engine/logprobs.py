@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from alignbench.engine import group
 from alignbench.engine.batching import Row, collate, length_sorted
 
 
@@ -61,15 +62,18 @@ def sequence_logprobs(
         float64 array of shape (len(rows),), in the order of `rows`.
     """
     scorer = LogProbPolicy(policy)
-    result = np.full(len(rows), np.nan)
+
+    def score(indices: Sequence[int]) -> list[float]:
+        tensors = collate([rows[i] for i in indices], pad_id).to(device).tensors()
+        found: list[float] = scorer(*tensors).tolist()
+        bar.update(min(len(indices) * group.world(), len(rows) - bar.n))
+        return found
+
     with torch.inference_mode(), progress(len(rows), label, "seq") as bar:
-        for indices in length_sorted(rows, batch):
-            tensors = collate([rows[i] for i in indices], pad_id).to(device).tensors()
-            result[indices] = scorer(*tensors).cpu().numpy()
-            bar.update(len(indices))
-    return result
+        return np.array(group.spread(length_sorted(rows, batch, group.world()), score), dtype=np.float64)
 
 
 def progress(total: int, label: str, unit: str) -> tqdm:
-    """A progress bar with a rate; silent where standard error is not a terminal."""
-    return tqdm(total=total, desc=label, unit=unit, disable=None, leave=False, dynamic_ncols=True)
+    """A progress bar with a rate, of rank 0; silent where standard error is not a terminal."""
+    silent = True if group.rank() else None
+    return tqdm(total=total, desc=label, unit=unit, disable=silent, leave=False, dynamic_ncols=True)

@@ -33,6 +33,10 @@ def device_of(hardware: HardwareConfig) -> torch.device:
             where="hardware.device",
             mend="choose hardware=cpu, or check nvidia-smi and the CUDA build of torch",
         )
+    if hardware.device == "cuda" and hardware.processes > 1:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+        return device
     return torch.device(hardware.device)
 
 
@@ -62,8 +66,9 @@ def import_deepspeed() -> Any:
     """Import DeepSpeed with its banner and per-call logging turned down to warnings."""
     for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
         os.environ.setdefault(name, "1" if name == "WORLD_SIZE" else "0")
-    # ZeRO-3 calls torch's old collective once per micro-batch (DeepSpeed 0.19 with torch 2.13; harmless)
-    warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*deprecated", category=FutureWarning)
+    # ZeRO calls torch's old collectives once per micro-batch (DeepSpeed 0.19 with torch 2.13; harmless)
+    for name in ("reduce_scatter_tensor", "all_gather_into_tensor"):
+        warnings.filterwarnings("ignore", message=f".*{name}.*deprecated", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from alignbench.config import HardwareConfig, TrainConfig
-from alignbench.engine import batching
+from alignbench.engine import batching, group
 from alignbench.engine.batching import Row, collate
 from alignbench.engine.checkpoint import Checkpoints, Layout
 from alignbench.engine.logprobs import LogProbPolicy, progress
@@ -26,7 +26,7 @@ from alignbench.engine.runtime import (
     join_process_group,
     peak_memory,
 )
-from alignbench.errors import InvariantError
+from alignbench.errors import ConfigError, InvariantError
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, float]
@@ -107,12 +107,19 @@ class _Loop:
         self.steps = batching.total_steps(examples, settings.epochs, self.batch_size)
         earlier = job.round * self.steps
         self.order = batching.example_order(examples, earlier + self.steps, self.batch_size, job.seed)[earlier:]
-        self.micro_batch = batching.fitting_micro_batch(self.batch_size, job.hardware.micro_batch)
-        torch.manual_seed(job.seed)  # dropout, if the model has any
+        if self.batch_size % group.world():
+            raise ConfigError(
+                f"{self.batch_size} examples per optimiser step cannot be divided among {group.world()} processes",
+                where=f"{job.objective.name}: {examples} examples, batch_size {settings.batch_size}",
+                mend="choose a batch_size that hardware.processes divides, or fewer processes",
+            )
+        self.share = self.batch_size // group.world()
+        self.micro_batch = batching.fitting_micro_batch(self.share, job.hardware.micro_batch)
+        torch.manual_seed(job.seed + group.rank())  # dropout, if the model has any
         self.engine = self._initialise()
         layout = Layout(
             zero_stage=job.hardware.zero_stage,
-            world_size=1,
+            world_size=group.world(),
             micro_batch=self.micro_batch,
             dtype=job.hardware.dtype,
             device=job.hardware.device,
@@ -147,7 +154,7 @@ class _Loop:
             config=deepspeed_config(
                 job.hardware,
                 micro_batch=self.micro_batch,
-                accumulate=self.batch_size // self.micro_batch,
+                accumulate=self.share // self.micro_batch,
                 clip=settings.max_grad_norm,
             ),
         )
@@ -207,23 +214,26 @@ class _Loop:
         context = objective.context(indices, self._frozen_logprobs)
         # rows of like length share a micro-batch: less padding, and the step's sum does not see the order
         lengths = [max(len(row.ids) for row in objective.rows(i)) for i in indices]
+        # in turn: every rank gets as many micro-batches as the others, and of like lengths
         parts = batching.micro_batches(indices[np.argsort(lengths, kind="stable")], self.micro_batch)
-        sums: dict[str, float] = {}
-        tokens = 0
+        parts = parts[group.rank() :: group.world()]
+        sums: dict[str, float] = {"tokens": 0.0}
         norm: Any = None
         for part in parts:
             rows = [objective.rows(i) for i in part]
-            tokens += sum(len(row.ids) for group in rows for row in group)
+            sums["tokens"] += sum(len(row.ids) for example in rows for row in example)
             logprobs = self._logprobs(rows)
             values, metrics = objective.loss(logprobs, part, context)
-            # DeepSpeed divides by the number of micro-batches; the denominator is the global batch's
-            self.engine.backward(values.sum() / denominator * len(parts))
+            # DeepSpeed divides by the number of micro-batches and of ranks; the denominator is the global batch's
+            self.engine.backward(values.sum() / denominator * len(parts) * group.world())
             if self.engine.is_gradient_accumulation_boundary() and self.engine.zero_optimization_stage() == 0:
                 # without ZeRO DeepSpeed clips but does not tell the norm
                 norm = float(torch.nn.utils.get_total_norm(p.grad for p in self.trainable if p.grad is not None))
             self.engine.step()
             _add(sums, {"loss": values.detach()}, 1 / denominator)
             _add(sums, metrics, 1 / len(indices))
+        sums = group.summed(sums)
+        tokens = int(sums.pop("tokens"))
         norm = norm or self.engine.get_global_grad_norm()
         if norm is not None and math.isfinite(float(norm)):
             sums["grad_norm"] = float(norm)
@@ -238,18 +248,18 @@ class _Loop:
 
     def _logprobs(self, rows: list[tuple[Row, ...]]) -> torch.Tensor:
         """Log-probs of shape (examples, rows per example), in one forward pass."""
-        flat = [row for group in rows for row in group]
+        flat = [row for example in rows for row in example]
         out = self.engine(*collate(flat, self.job.pad_id).to(self.device).tensors())
         return out.view(len(rows), -1)
 
     def _frozen_logprobs(self, rows: Any) -> torch.Tensor:
         """Log-probs without gradients and without dropout, in the order of `rows`."""
         self.engine.eval()
-        size = max(1, self.job.hardware.eval_batch)
+        batches = batching.length_sorted(rows, max(1, self.job.hardware.eval_batch), group.world())
         with torch.no_grad():
-            parts = [self._logprobs([(row,) for row in rows[i : i + size]]) for i in range(0, len(rows), size)]
+            found = group.spread(batches, lambda batch: self._logprobs([(rows[i],) for i in batch])[:, 0].tolist())
         self.engine.train()
-        return torch.cat(parts)[:, 0]
+        return torch.tensor(found, dtype=torch.float64, device=self.device)
 
     def _evaluate(self, objective: Objective, indices: np.ndarray) -> tuple[Metrics, np.ndarray]:
         """Mean loss and metrics of `indices` without gradients; also each example's loss."""

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from alignbench.engine import group
 from alignbench.engine.batching import Row, collate, length_sorted
 from alignbench.engine.generate import uniforms
 from alignbench.engine.logprobs import progress
@@ -170,24 +171,22 @@ def pooled_states(
     Returns:
         float64 (len(rows), hidden), in the order of `rows`.
     """
-    result: np.ndarray | None = None
+
+    def pool(indices: Sequence[int]) -> list[np.ndarray]:
+        tensors = collate([rows[i] for i in indices], pad_id).to(device)
+        # the backbone alone: the head's logits over the vocabulary would be thrown away
+        states = policy.base_model(
+            input_ids=tensors.input_ids, attention_mask=tensors.attention_mask, use_cache=False
+        ).last_hidden_state.double()
+        mask = tensors.response_mask
+        if pooling == "last":
+            mask = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
+        pooled = torch.where(mask.unsqueeze(-1), states, 0.0).sum(1) / mask.sum(1, keepdim=True)
+        bar.update(min(len(indices) * group.world(), len(rows) - bar.n))
+        return list(pooled.cpu().numpy())
+
     with torch.inference_mode(), progress(len(rows), "features", "seq") as bar:
-        for indices in length_sorted(rows, batch):
-            tensors = collate([rows[i] for i in indices], pad_id).to(device)
-            # the backbone alone: the head's logits over the vocabulary would be thrown away
-            states = policy.base_model(
-                input_ids=tensors.input_ids, attention_mask=tensors.attention_mask, use_cache=False
-            ).last_hidden_state.double()
-            mask = tensors.response_mask
-            if pooling == "last":
-                mask = mask & (mask.cumsum(1) == mask.sum(1, keepdim=True))
-            pooled = torch.where(mask.unsqueeze(-1), states, 0.0).sum(1) / mask.sum(1, keepdim=True)
-            if result is None:
-                result = np.full((len(rows), pooled.shape[1]), np.nan)
-            result[indices] = pooled.cpu().numpy()
-            bar.update(len(indices))
-    assert result is not None  # a table of pairs is never empty
-    return result
+        return np.stack(group.spread(length_sorted(rows, batch, group.world()), pool))
 
 
 def reduce_states(states: np.ndarray, prompts: Sequence[str], spec: FeaturesSpec) -> tuple[np.ndarray, float]:
@@ -226,7 +225,7 @@ def _features_estimate(
     return scoring_estimate(tokens, pairs.tokens / 2, pairs.rows, inputs["policy"].parameters, runtime)
 
 
-FEATURES = register(Stage("features", 1, "features", FeaturesSpec, _features, _features_estimate))
+FEATURES = register(Stage("features", 1, "features", FeaturesSpec, _features, _features_estimate, parallel=True))
 
 
 # ---------------------------------------------------------------- bonuses
@@ -392,7 +391,7 @@ def _tilt_estimate(
     return replace(found, facts=Facts(rows=kept, tokens=responses.tokens))
 
 
-TILT = register(Stage("tilt", 1, "responses", TiltSpec, _tilt, _tilt_estimate))
+TILT = register(Stage("tilt", 1, "responses", TiltSpec, _tilt, _tilt_estimate, parallel=True))
 
 
 # ---------------------------------------------------------------- several tables as one

@@ -126,7 +126,7 @@ def _sample_estimate(
     )
 
 
-SAMPLE = register(Stage("sample", 1, "responses", SampleSpec, _sample, _sample_estimate))
+SAMPLE = register(Stage("sample", 1, "responses", SampleSpec, _sample, _sample_estimate, parallel=True))
 
 
 @dataclass(frozen=True)
@@ -273,4 +273,4 @@ def _logprobs_estimate(
     return scoring_estimate(tokens, per_row, rows.rows, inputs["policy"].parameters, runtime)
 
 
-LOGPROBS = register(Stage("logprobs", 1, "logprobs", LogProbsSpec, _logprobs, _logprobs_estimate))
+LOGPROBS = register(Stage("logprobs", 1, "logprobs", LogProbsSpec, _logprobs, _logprobs_estimate, parallel=True))

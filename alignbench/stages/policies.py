@@ -114,7 +114,7 @@ def _sft_estimate(spec: SftSpec, inputs: Mapping[str, Facts], runtime: Runtime, 
     return training_estimate(spec.train, inputs["start"], inputs["data"], runtime, hints)
 
 
-SFT = register(Stage("sft", 1, "policy", SftSpec, _sft, _sft_estimate))
+SFT = register(Stage("sft", 1, "policy", SftSpec, _sft, _sft_estimate, parallel=True))
 
 
 @dataclass(frozen=True)

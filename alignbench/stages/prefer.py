@@ -326,4 +326,4 @@ def _prefer_estimate(
     return training_estimate(spec.train, inputs["start"], inputs["pairs"], runtime, hints)
 
 
-PREFER = register(Stage("prefer", 1, "policy", PreferSpec, _prefer, _prefer_estimate))
+PREFER = register(Stage("prefer", 1, "policy", PreferSpec, _prefer, _prefer_estimate, parallel=True))

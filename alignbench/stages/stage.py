@@ -104,6 +104,7 @@ class Stage:
         run: The work itself.
         estimate: (spec, facts of inputs by role, runtime, hints) -> Estimate; must not load anything. Hints
             are sizes that the lab knows from the configuration and that belong to no key.
+        parallel: Whether several processes share its work (through `engine.group`); the others run in place.
     """
 
     name: str
@@ -112,6 +113,7 @@ class Stage:
     spec: type
     run: Callable[[Context], None]
     estimate: Callable[[Any, Mapping[str, Facts], Runtime, Mapping[str, float]], Estimate]
+    parallel: bool = False
 
 
 STAGES: dict[str, Stage] = {}

@@ -1,0 +1,268 @@
+"""Stages on several real processes: the same numbers as in place, and what is told when a rank fails or dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import tiny
+from pair_chain import TOKENS, Chain, given
+from safetensors.numpy import load_file
+from tiny_runs import command, environment
+
+from alignbench.config import LoraConfig, SamplingConfig
+from alignbench.errors import ModelError, RankError
+from alignbench.launch import run_on_ranks
+from alignbench.stages import LOGPROBS, PREFER, SAMPLE, STAGES, Context, Runtime, Stage
+from alignbench.stages.measure import LogProbsSpec, SampleSpec
+from alignbench.stages.policies import PreferSpec
+from alignbench.store import Artifact, read_jsonl, write_jsonl
+
+TOLERANCE = 1e-5
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
+    return Chain(tmp_path_factory.mktemp("launch") / "store")
+
+
+class Made:
+    """One run of a stage outside the store: its files, cost and metrics."""
+
+    def __init__(
+        self, folder: Path, stage: Stage, spec: Any, inputs: dict[str, Artifact], processes: int = 1, **machine: Any
+    ) -> None:
+        self.out, self.cost, self.metrics = folder / "out", dict[str, float](), list[tuple[int, dict[str, float]]]()
+        self.out.mkdir(parents=True)
+        work = folder / "work"
+        work.mkdir(exist_ok=True)
+        context = Context(
+            spec=spec,
+            inputs=inputs,
+            seed=0,
+            out=self.out,
+            work=work,
+            cost=self.cost,
+            runtime=Runtime(tiny.hardware(processes=processes, **machine), 5),
+            on_metrics=lambda step, metrics: self.metrics.append((step, dict(metrics))),
+        )
+        if processes > 1:
+            run_on_ranks(stage, context)
+        else:
+            stage.run(context)
+
+
+def training(chain: Chain, lora: int = 0, loss: str = "dpo") -> tuple[Stage, PreferSpec, dict[str, Artifact]]:
+    """Twenty steps with everything that could depend on the number of ranks: clipping, decay, a schedule."""
+    settings = replace(
+        tiny.settings(20, 9, batch_size=6), schedule="cosine", warmup_ratio=0.2, weight_decay=0.1, max_grad_norm=1.0
+    )
+    spec = PreferSpec("reward", loss, 0.5, settings, LoraConfig(lora, 16.0, 0.0, ["q_proj", "v_proj"]), TOKENS, "fp32")
+    inputs = {
+        "start": chain.policy,
+        "reference": chain.policy,
+        "pairs": chain.pairs,
+        "reference_logprobs": chain.cached,
+    }
+    return PREFER, spec, inputs
+
+
+def assert_same_training(one: Made, two: Made) -> None:
+    first, second = (read_jsonl(made.out / "log.jsonl") for made in (one, two))
+    assert [entry["step"] for entry in first] == [entry["step"] for entry in second] == list(range(1, 21))
+    # accuracies count signs of numbers that may be zero but for rounding
+    for name in {name for entry in first for name in entry if "accuracy" not in name}:
+        found = [[entry.get(name, 0.0) for entry in log] for log in (first, second)]
+        np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=TOLERANCE, err_msg=name)
+    assert first[-1]["loss"] < first[0]["loss"] - 0.02  # it does train
+    states = [load_file(made.out / "policy/model.safetensors") for made in (one, two)]
+    assert states[0].keys() == states[1].keys()
+    assert max(float(np.abs(states[0][name] - states[1][name]).max()) for name in states[0]) < 1e-4
+    assert two.cost["trained_tokens"] == one.cost["trained_tokens"]
+    assert two.cost["policies_in_memory"] == 1
+
+
+@pytest.mark.parametrize("zero", range(4))
+def test_two_ranks_train_as_one_does(chain: Chain, tmp_path: Path, zero: int) -> None:
+    job = training(chain, lora=4 if zero == 1 else 0)
+    one = Made(tmp_path / "one", *job, micro_batch=2, zero_stage=zero)
+    two = Made(tmp_path / "two", *job, processes=2, micro_batch=2, zero_stage=zero)
+    assert_same_training(one, two)
+    # the parent heard of every step, in order, as it would have in place
+    assert [step for step, _ in two.metrics] == [step for step, _ in one.metrics] == list(range(1, 21))
+    assert all(abs(b["loss"] - a["loss"]) < TOLERANCE for (_, a), (_, b) in zip(one.metrics, two.metrics, strict=True))
+
+
+def test_two_ranks_sample_and_score_as_one_does(chain: Chain, tmp_path: Path) -> None:
+    prompts = [{"prompt_id": f"p{i}", "prompt": f"a small kettle {i}", "split": "train"} for i in range(7)]
+    data = given(chain.store, "data", lambda out: write_jsonl(out / "prompts.jsonl", prompts), name="prompts")
+    spec = SampleSpec(("train",), 3, SamplingConfig(12), TOKENS, "fp32")
+    made = [
+        Made(tmp_path / f"sample {n}", SAMPLE, spec, {"policy": chain.policy, "data": data}, n, generation_batch=8)
+        for n in (1, 2)
+    ]
+    texts = [(one.out / "responses.jsonl").read_bytes() for one in made]
+    assert texts[0] == texts[1]
+    assert made[0].cost["generated_tokens"] == made[1].cost["generated_tokens"] > 0
+
+    def write(out: Path) -> None:
+        (out / "responses.jsonl").write_bytes(texts[0])
+
+    rows = given(chain.store, "responses", write, name="sampled")
+    inputs = {"policy": chain.policy, "rows": rows}
+    scored = [
+        Made(tmp_path / f"score {n}", LOGPROBS, LogProbsSpec("responses", TOKENS, "fp32"), inputs, n, eval_batch=4)
+        for n in (1, 2)
+    ]
+    values = [load_file(one.out / "responses.safetensors")["response"] for one in scored]
+    assert values[0].shape == (21,)
+    np.testing.assert_allclose(values[1], values[0], atol=TOLERANCE)
+    assert scored[0].cost["scored_tokens"] == scored[1].cost["scored_tokens"]
+
+
+def test_which_stages_share_their_work() -> None:
+    assert {name for name, stage in STAGES.items() if stage.parallel} == {
+        "features",
+        "logprobs",
+        "prefer",
+        "sample",
+        "sft",
+        "tilt",
+    }
+
+
+# ---------------------------------------------------------------- faults
+
+
+def test_a_rank_s_own_error_comes_back_as_it_was(chain: Chain, tmp_path: Path) -> None:
+    def broken(out: Path) -> None:
+        tiny.save(tiny.llama(), out / "policy")
+        (out / "policy/model.safetensors").write_bytes(b"no weights")
+
+    stage, spec, inputs = training(chain)
+    inputs |= {"start": given(chain.store, "policy", broken, name="broken")}
+    with pytest.raises(ModelError, match="no causal language model") as caught:
+        Made(tmp_path, stage, spec, inputs, processes=2)
+    assert "save_pretrained" in caught.value.mend
+    log = Path(caught.value.where.rpartition("log: ")[2])
+    assert "ModelError" in log.read_text()  # the whole traceback is where the message says
+
+
+def test_any_other_error_says_which_rank_and_which_line(chain: Chain, tmp_path: Path) -> None:
+    _, spec, inputs = training(chain)
+    with pytest.raises(RankError) as caught:
+        Made(tmp_path, PREFER, replace(spec, beta="a half"), inputs, processes=2)  # type: ignore[arg-type]
+    assert "Error" in caught.value.what
+    assert ".py" in caught.value.where
+    assert "rank" in caught.value.where
+
+
+@pytest.fixture
+def endless(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A real run on two ranks that trains for minutes, with a checkpoint after every step."""
+    arguments = (
+        "hardware=cpu_2",
+        "hardware.checkpoint_every=1",
+        "hardware.zero_stage=1",
+        "method=sft",
+        "model.sft.epochs=2000",
+        "model.sft.schedule=constant",
+    )
+    with (tmp_path / "output").open("wb") as output:
+        process = subprocess.Popen(
+            command(tmp_path / "store", tmp_path / "out", *arguments),
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+        )
+    yield process
+    if process.poll() is None:
+        process.kill()
+    process.wait()
+
+
+def ranks_of(store: Path) -> dict[int, psutil.Process]:
+    """The living ranks whose job lies in this store."""
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            line = process.cmdline()
+            if "alignbench.worker" in line and str(store) in line[-1]:
+                found[int(process.environ()["RANK"])] = process
+        except (psutil.Error, KeyError):
+            continue
+    return found
+
+
+def wait_for(what: Any, seconds: float = 240.0) -> Any:
+    """What `what()` returns once it is true."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        found = what()
+        if found:
+            return found
+        time.sleep(0.2)
+    raise AssertionError("it did not happen in time")
+
+
+def checkpoint(store: Path) -> dict[str, Any] | None:
+    for marker in store.glob("building/*/work/checkpoints/COMPLETE.json"):
+        return dict(json.loads(marker.read_text()))
+    return None
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named_and_the_others_stop(endless: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    wait_for(lambda: checkpoint(store))
+    ranks = ranks_of(store)
+    assert set(ranks) == {0, 1}
+    ranks[1].send_signal(signal.SIGKILL)
+    assert endless.wait(120) != 0
+    told = (tmp_path / "output").read_text()
+    assert "RankError: sft: rank 1 was killed" in told
+    assert "SIGKILL" in told
+    assert not ranks_of(store)
+
+
+@pytest.mark.slow
+def test_a_killed_run_leaves_no_rank_and_goes_on_from_its_checkpoint(
+    endless: subprocess.Popen[bytes], tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    wait_for(lambda: checkpoint(store))
+    os.kill(endless.pid, signal.SIGKILL)
+    endless.wait()
+    wait_for(lambda: not ranks_of(store), 60)
+    step = checkpoint(store)["step"]  # type: ignore[index]
+    again = subprocess.Popen(
+        endless.args, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert again.stdout is not None
+        lines = iter(again.stdout.readline, "")
+        assert any(f"continuing at step {step} of" in line for line in lines)
+    finally:
+        again.terminate()  # a batch system's way to stop a run: no rank may survive it either
+        again.wait()
+        wait_for(lambda: not ranks_of(store), 60)
+
+
+def test_a_batch_that_cannot_be_divided_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    odd = ("hardware=cpu_2", "method.reward_step.train.batch_size=7")
+    done = subprocess.run(
+        command(tmp_path / "store", tmp_path / "out", *odd), env=environment(), capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "cannot be divided among 2 processes" in done.stderr
+    assert not list(tmp_path.glob("store/artifacts/*"))
