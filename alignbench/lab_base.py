@@ -13,13 +13,14 @@ from alignbench.config import ArchitectureConfig, Config, SourceConfig
 from alignbench.data.readers import Source
 from alignbench.data.readers import fingerprint as data_fingerprint
 from alignbench.errors import ConfigError
+from alignbench.jsonio import plain
 from alignbench.launch import run_on_ranks
 from alignbench.models.policy import fingerprint as model_fingerprint
 from alignbench.models.policy import shape_of
 from alignbench.stages.policies import lora_parameter_count
 from alignbench.stages.stage import Context, Runtime, Stage
 from alignbench.stages.tokens import TokenSpec
-from alignbench.store import Artifact, Identity, Store, Workspace, plain
+from alignbench.store import Artifact, Identity, Store, Workspace
 from alignbench.tracking import Tracker
 
 log = logging.getLogger(__name__)

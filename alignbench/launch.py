@@ -24,8 +24,8 @@ from typing import Any
 
 from alignbench import errors
 from alignbench.errors import AlignbenchError, RankError
+from alignbench.jsonio import atomic_write_json, read_json
 from alignbench.stages.stage import Context, Stage
-from alignbench.store import atomic_write_json, read_json
 
 log = logging.getLogger(__name__)
 

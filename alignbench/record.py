@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from alignbench import __version__
+from alignbench.jsonio import atomic_write_json, read_json
 from alignbench.lab import Node, spec_of
 from alignbench.methods import Outcome
-from alignbench.store import atomic_write_json, read_json
 
 SCHEMA = 1
 _COSTS = ("trained_tokens", "generated_tokens", "scored_tokens", "optimizer_steps", "binary_labels", "seconds")

@@ -17,6 +17,7 @@ from alignbench.cli import SWEEP_ENV
 from alignbench.config import Config, problem_of, recorded, resolve, run_id, validate
 from alignbench.engine.runtime import device_of
 from alignbench.errors import ConfigError
+from alignbench.jsonio import write_jsonl
 from alignbench.lab import Lab, Node
 from alignbench.methods import Outcome, find_method
 from alignbench.plan import PlanLab, check_fits, show
@@ -25,7 +26,7 @@ from alignbench.report.plot import trade_off
 from alignbench.report.table import markdown_table, terminal_table
 from alignbench.report.thresholds import markdown
 from alignbench.report.trajectory import trajectory
-from alignbench.store import Store, versions, write_jsonl
+from alignbench.store import Store, versions
 from alignbench.tracking import Tracker
 
 log = logging.getLogger(__name__)

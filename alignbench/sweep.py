@@ -53,7 +53,7 @@ class SweepTable(Callback):
         from hydra.core.utils import JobStatus
 
         from alignbench.config import run_id
-        from alignbench.store import atomic_write_json
+        from alignbench.jsonio import atomic_write_json
 
         identity = run_id(job_return.cfg)
         ok = job_return.status is JobStatus.COMPLETED
@@ -122,8 +122,8 @@ def report(notes: Sequence[Mapping[str, Any]], folder: Path, *, complete: bool) 
     from rich.console import Console
 
     from alignbench.errors import AlignbenchError
+    from alignbench.jsonio import atomic_write_json, read_json
     from alignbench.report import thresholds
-    from alignbench.store import atomic_write_json, read_json
 
     records: dict[str, dict[str, Any]] = {}
     failed = [dict(note) for note in notes if not note["ok"]]

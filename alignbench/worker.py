@@ -23,9 +23,9 @@ from typing import Any
 from alignbench.engine import group
 from alignbench.engine.runtime import device_of
 from alignbench.errors import AlignbenchError
+from alignbench.jsonio import atomic_write_json
 from alignbench.launch import COST, JOB, METRICS, die_with_parent, failure_file, log_file
 from alignbench.stages import STAGES
-from alignbench.store import atomic_write_json
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -23,7 +23,8 @@ from tiny_runs import (
 
 from alignbench.data.readers import split_by_prompt
 from alignbench.errors import AlignbenchError, ConfigError, DataError, ModelError
-from alignbench.store import Store, read_json
+from alignbench.jsonio import read_json
+from alignbench.store import Store
 
 
 @pytest.fixture(scope="session")

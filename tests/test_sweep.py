@@ -17,7 +17,7 @@ from tiny_runs import PATIENCE_S, TINY, TOP, compose, environment
 
 from alignbench.config import run_id
 from alignbench.errors import DataError
-from alignbench.store import read_json
+from alignbench.jsonio import read_json
 from alignbench.sweep import SweepTable, sharing, sharing_text
 
 TITLE = "requested against achieved"

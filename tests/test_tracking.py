@@ -19,11 +19,11 @@ from wandb.proto import wandb_internal_pb2 as proto
 
 from alignbench.config import TrackingConfig
 from alignbench.errors import InvariantError
+from alignbench.jsonio import read_json
 from alignbench.lab import Lab
 from alignbench.methods import METHODS, Method
 from alignbench.methods.baselines import SftSettings
 from alignbench.plan import PlanLab
-from alignbench.store import read_json
 from alignbench.tracking import Tracker
 
 OFFLINE = "tracking.mode=offline"

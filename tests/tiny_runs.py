@@ -24,11 +24,12 @@ import pytest
 
 from alignbench import cli
 from alignbench.config import resolve
+from alignbench.jsonio import read_json
 from alignbench.lab import Node
 from alignbench.methods import Outcome
 from alignbench.plan import PlanLab
 from alignbench.run import _recipe, execute
-from alignbench.store import Artifact, Store, read_json
+from alignbench.store import Artifact, Store
 from alignbench.tracking import Tracker
 
 TOP = Path(__file__).resolve().parents[1]

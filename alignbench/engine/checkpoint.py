@@ -14,7 +14,7 @@ import torch
 
 from alignbench.engine import group
 from alignbench.errors import StoreError
-from alignbench.store import atomic_write_json, read_json
+from alignbench.jsonio import atomic_write_json, read_json
 
 log = logging.getLogger(__name__)
 _MARKER = "COMPLETE.json"

@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 
 from alignbench.cli import CONF, register
 from alignbench.errors import AlignbenchError, DataError
+from alignbench.jsonio import atomic_write_json
 from alignbench.record import read_records
-from alignbench.store import atomic_write_json
 
 
 def summarise(

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from alignbench import certificate
+from alignbench.jsonio import write_json
 from alignbench.stages.dualize import ProblemSpec, logprobs_of, read_bank
 from alignbench.stages.listed import list_log_weights
 from alignbench.stages.stage import Context, Estimate, Stage, register
-from alignbench.store import write_json
 
 
 @dataclass(frozen=True)

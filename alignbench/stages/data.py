@@ -12,9 +12,9 @@ from alignbench.data.readers import Source, read_rows, split_by_prompt
 from alignbench.data.schema import Mode, check_demonstrations, check_pairs
 from alignbench.engine.runtime import derive_seed
 from alignbench.errors import DataError
+from alignbench.jsonio import write_json, write_jsonl
 from alignbench.problem import cost_from_utility
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register
-from alignbench.store import write_json, write_jsonl
 from alignbench.worlds import annotate, handbook
 
 # Prompt and answer of the embedded world, in tokens of its own tokenizer: what a plan counts with.

@@ -14,11 +14,12 @@ from alignbench import dual, dual_descent, dual_intervals
 from alignbench.certificate import tilted
 from alignbench.engine.runtime import derive_seed
 from alignbench.errors import ConfigError, DataError, InvariantError
+from alignbench.jsonio import write_json
 from alignbench.problem import Form, Problem, utility_from_cost
 from alignbench.report.stats import cluster_bootstrap, paired_difference
 from alignbench.stages.relabel import labels_of, logit_utility
 from alignbench.stages.stage import Context, Estimate, Stage, register
-from alignbench.store import Artifact, write_json
+from alignbench.store import Artifact
 
 log = logging.getLogger(__name__)
 

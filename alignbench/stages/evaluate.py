@@ -11,11 +11,12 @@ import numpy as np
 
 from alignbench.engine.runtime import derive_seed
 from alignbench.errors import InvariantError
+from alignbench.jsonio import write_json, write_jsonl
 from alignbench.problem import Form, Problem, cost_from_utility, violation
 from alignbench.report.stats import Estimate as Interval
 from alignbench.report.stats import cluster_bootstrap, paired_difference, win_rate
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register
-from alignbench.store import Artifact, write_json, write_jsonl
+from alignbench.store import Artifact
 
 
 @dataclass(frozen=True)

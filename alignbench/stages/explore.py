@@ -18,10 +18,11 @@ from alignbench.engine.logprobs import progress
 from alignbench.engine.runtime import derive_seed, device_of, dtype_of, peak_memory
 from alignbench.errors import ConfigError, DataError, InvariantError
 from alignbench.exploration import Precision
+from alignbench.jsonio import write_json, write_jsonl
 from alignbench.models import policy as policies
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register, scoring_estimate
 from alignbench.stages.tokens import TokenSpec, encode_pairs, encode_responses
-from alignbench.store import Artifact, write_json, write_jsonl
+from alignbench.store import Artifact
 
 log = logging.getLogger(__name__)
 

@@ -20,10 +20,10 @@ from alignbench.data.tokenize import encode
 from alignbench.engine.generate import uniforms
 from alignbench.engine.runtime import derive_seed
 from alignbench.errors import DataError, InvariantError
+from alignbench.jsonio import write_json, write_jsonl
 from alignbench.models import policy as policies
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register
 from alignbench.stages.tokens import TokenSpec
-from alignbench.store import write_json, write_jsonl
 from alignbench.worlds import enumerable, handbook
 
 log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from alignbench.engine.generate import Request, generate
 from alignbench.engine.logprobs import sequence_logprobs
 from alignbench.engine.runtime import derive_seed, device_of, dtype_of, peak_memory
 from alignbench.errors import DataError
+from alignbench.jsonio import write_json, write_jsonl
 from alignbench.models import policy as policies
 from alignbench.models.scorers import find_scorer
 from alignbench.stages.data import WORLD_RESPONSE_TOKENS
@@ -37,7 +38,6 @@ from alignbench.stages.tokens import (
     mismatched_rows,
     prompt_ids,
 )
-from alignbench.store import write_json, write_jsonl
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from alignbench.config import ArchitectureConfig, LoraConfig, TrainConfig
 from alignbench.engine.objectives import SftObjective
 from alignbench.engine.runtime import derive_seed
+from alignbench.jsonio import write_json
 from alignbench.models import policy as policies
 from alignbench.stages.prefer import PREFER, PreferSpec
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register
 from alignbench.stages.tokens import TokenSpec, encode_demonstrations
 from alignbench.stages.training import train_and_save, training_estimate
-from alignbench.store import write_json
 
 __all__ = [
     "BASE",

@@ -14,13 +14,14 @@ from alignbench.config import LoraConfig, TrainConfig
 from alignbench.data.schema import label_column
 from alignbench.engine.objectives import KtoObjective, Objective, PairObjective
 from alignbench.errors import ConfigError, DataError, InvariantError
+from alignbench.jsonio import write_json, write_jsonl
 from alignbench.losses import PairLoss, pair_loss
 from alignbench.models import policy as policies
 from alignbench.problem import ratio_from_lambda
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register
 from alignbench.stages.tokens import TokenSpec, encode_pairs, mismatched_rows
 from alignbench.stages.training import train_and_save, training_estimate
-from alignbench.store import Artifact, write_json, write_jsonl
+from alignbench.store import Artifact
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ import numpy as np
 
 from alignbench.engine.runtime import derive_seed
 from alignbench.errors import ConfigError, DataError, InvariantError
+from alignbench.jsonio import write_json, write_jsonl
 from alignbench.problem import cost_from_utility, utility_from_cost
 from alignbench.stages.stage import Context, Estimate, Facts, Stage, register
-from alignbench.store import write_json, write_jsonl
 from alignbench.worlds.annotate import sigmoid
 
 #: How a pair's label is made from a score difference.

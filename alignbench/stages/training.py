@@ -11,9 +11,9 @@ from alignbench.engine.batching import total_steps
 from alignbench.engine.objectives import Objective
 from alignbench.engine.runtime import derive_seed, device_of, dtype_of
 from alignbench.engine.train import TrainJob, train, trained_state
+from alignbench.jsonio import write_jsonl
 from alignbench.models import policy as policies
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, training_cost
-from alignbench.store import write_jsonl
 
 
 def train_and_save(

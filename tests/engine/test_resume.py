@@ -16,7 +16,7 @@ import train_worker
 
 from alignbench.engine.runtime import DTYPES
 from alignbench.errors import StoreError
-from alignbench.store import read_json
+from alignbench.jsonio import read_json
 
 pytestmark = pytest.mark.usefixtures("split_parameters")
 

@@ -10,9 +10,9 @@ from pictures import assert_picture
 from rich.console import Console
 
 from alignbench.errors import DataError
+from alignbench.jsonio import write_json
 from alignbench.report.__main__ import main
 from alignbench.report.rounds import cells_of, courses_of, differences_of, report
-from alignbench.store import write_json
 
 
 def record(seed: int, alpha: float, gaps: list[float], *, asked: float = 0.2, **changes: Any) -> dict[str, Any]:

@@ -11,11 +11,12 @@ import tiny
 from safetensors.numpy import save_file
 
 from alignbench.config import LoraConfig
+from alignbench.jsonio import write_json, write_jsonl
 from alignbench.stages import LOGPROBS, PREFER, Context, Runtime, Stage
 from alignbench.stages.measure import LogProbsSpec
 from alignbench.stages.policies import PreferSpec
 from alignbench.stages.tokens import TokenSpec
-from alignbench.store import Artifact, Identity, Store, write_json, write_jsonl
+from alignbench.store import Artifact, Identity, Store
 
 TOKENS = TokenSpec("plain", 60, 20)
 PROMPTS = ("the quick brown fox", "a small kettle", "jumps over", "on the stove")

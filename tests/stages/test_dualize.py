@@ -15,6 +15,7 @@ from scipy.optimize import minimize_scalar
 from scipy.special import expit, logsumexp, softmax
 
 from alignbench.errors import AlignbenchError, DataError, InvariantError
+from alignbench.jsonio import write_json, write_jsonl
 from alignbench.stages.dualize import (
     AVERAGE,
     COST,
@@ -32,7 +33,7 @@ from alignbench.stages.dualize import (
     SlackSpec,
     StepSpec,
 )
-from alignbench.store import Artifact, Store, write_json, write_jsonl
+from alignbench.store import Artifact, Store
 
 BETA = 0.5
 NAMES = ("safety", "politeness")

@@ -12,9 +12,10 @@ from tiny_runs import Run, shared_tiny
 
 from alignbench.config import HardwareConfig
 from alignbench.errors import InvariantError
+from alignbench.jsonio import read_json, read_jsonl, write_jsonl
 from alignbench.stages import EVALUATE, Context, Runtime
 from alignbench.stages.evaluate import EvaluateSpec
-from alignbench.store import Artifact, Identity, Store, read_json, read_jsonl, write_jsonl
+from alignbench.store import Artifact, Identity, Store
 
 
 @pytest.fixture(scope="session")

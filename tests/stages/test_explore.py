@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 from alignbench.errors import ConfigError, DataError, InvariantError
 from alignbench.exploration import Precision
+from alignbench.jsonio import read_json, write_json, write_jsonl
 from alignbench.models import policy as policies
 from alignbench.stages import STAGES
 from alignbench.stages.explore import (
@@ -28,7 +29,7 @@ from alignbench.stages.explore import (
 )
 from alignbench.stages.stage import Facts, Runtime
 from alignbench.stages.tokens import TokenSpec, encode_pairs, encode_responses
-from alignbench.store import Artifact, read_json, write_json, write_jsonl
+from alignbench.store import Artifact
 
 HIDDEN = tiny.SHAPE.hidden_size
 

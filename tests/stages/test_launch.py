@@ -22,11 +22,12 @@ from tiny_runs import command, environment
 
 from alignbench.config import LoraConfig, SamplingConfig
 from alignbench.errors import ModelError, RankError
+from alignbench.jsonio import read_jsonl, write_jsonl
 from alignbench.launch import run_on_ranks
 from alignbench.stages import LOGPROBS, PREFER, SAMPLE, STAGES, Context, Runtime, Stage
 from alignbench.stages.measure import LogProbsSpec, SampleSpec
 from alignbench.stages.policies import PreferSpec
-from alignbench.store import Artifact, read_jsonl, write_jsonl
+from alignbench.store import Artifact
 
 TOLERANCE = 1e-5
 

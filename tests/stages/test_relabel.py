@@ -16,8 +16,9 @@ from safetensors.numpy import load_file, save_file
 from scipy.special import expit
 
 from alignbench.errors import DataError, InvariantError
+from alignbench.jsonio import write_json, write_jsonl
 from alignbench.stages.relabel import ANNOTATE, IMPLICIT, RELABEL, AnnotateSpec, ImplicitSpec, RelabelSpec
-from alignbench.store import Artifact, Store, write_json, write_jsonl
+from alignbench.store import Artifact, Store
 
 
 class Scored:

@@ -15,9 +15,10 @@ from tiny_runs import Run, run, shared_tiny
 from alignbench.config import HardwareConfig
 from alignbench.data.schema import FIELDS_16, check_pairs
 from alignbench.errors import DataError
+from alignbench.jsonio import read_json, read_jsonl, write_jsonl
 from alignbench.stages import LABEL, Context, Runtime
 from alignbench.stages.data import LabelSpec
-from alignbench.store import Artifact, Identity, Store, read_json, read_jsonl, write_jsonl
+from alignbench.store import Artifact, Identity, Store
 from alignbench.worlds import gold, handbook
 
 

@@ -6,9 +6,7 @@ from pathlib import Path
 import pytest
 from store_tools import Process
 
-from alignbench.store import (
-    Store,
-)
+from alignbench.store import Store
 
 
 @pytest.fixture

@@ -11,12 +11,8 @@ from typing import Any
 
 import pytest
 
-from alignbench.store import (
-    Identity,
-    Workspace,
-    write_json,
-    write_jsonl,
-)
+from alignbench.jsonio import write_json, write_jsonl
+from alignbench.store import Identity, Workspace
 
 WORKER = Path(__file__).with_name("store_worker.py")
 SLOW = Identity("sample", 1, "responses", {"n": 3}, {}, 0)

@@ -11,7 +11,8 @@ import time
 from pathlib import Path
 
 from alignbench.errors import StoreError
-from alignbench.store import Identity, Store, Workspace, atomic_write_json, write_json
+from alignbench.jsonio import atomic_write_json, write_json
+from alignbench.store import Identity, Store, Workspace
 
 IDENTITY = Identity("sample", 1, "responses", {"n": 3}, {}, 0)
 MANY = Identity("many", 1, "responses", {}, {}, 0)

@@ -23,14 +23,8 @@ from hypothesis import strategies as st
 from store_tools import IDENTITY, MANY, PATIENCE_S, SLOW, WORKER, Process, produce, strict, wait_until
 
 from alignbench.errors import StoreError
-from alignbench.store import (
-    MANIFEST,
-    Store,
-    Workspace,
-    artifact_key,
-    read_json,
-    write_json,
-)
+from alignbench.jsonio import read_json, write_json
+from alignbench.store import MANIFEST, Store, Workspace, artifact_key
 
 # building
 

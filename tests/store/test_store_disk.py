@@ -11,12 +11,7 @@ import pytest
 from store_tools import IDENTITY, SLOW, Process, produce
 
 from alignbench.errors import StoreError
-from alignbench.store import (
-    MANIFEST,
-    Artifact,
-    Store,
-    Workspace,
-)
+from alignbench.store import MANIFEST, Artifact, Store, Workspace
 
 # disks
 

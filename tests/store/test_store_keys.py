@@ -14,15 +14,8 @@ from hypothesis import strategies as st
 from store_tools import Process, strict, wait_until
 
 from alignbench.errors import StoreError
-from alignbench.store import (
-    artifact_key,
-    atomic_write_json,
-    canonical,
-    plain,
-    read_json,
-    read_jsonl,
-    write_jsonl,
-)
+from alignbench.jsonio import atomic_write_json, canonical, plain, read_json, read_jsonl, write_jsonl
+from alignbench.store import artifact_key
 
 # canonical JSON and keys
 
