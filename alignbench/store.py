@@ -314,6 +314,25 @@ class Store:
             if isinstance(manifest := _manifest(folder), dict):
                 yield Artifact(folder.name, manifest["kind"], folder, manifest)
 
+    def faults(self, key: str) -> list[str]:
+        """What is wrong with the files of `key`, every checksum computed anew; empty if it is whole."""
+        self._verified.pop(key, None)
+        state = self._inspect(key)
+        return state if isinstance(state, list) else [] if state else ["it is not in this store"]
+
+    def remove(self, key: str) -> None:
+        """Remove an artifact; whoever asks for it later computes it again. Waits while another process builds it."""
+        with self._held(key, "remove"):
+            self._verified.pop(key, None)
+            grave = self.root / "building" / f"{key}-removed"
+            os.rename(self.root / "artifacts" / key, grave)  # at once: nobody may find half of it
+            shutil.rmtree(grave)
+
+    def being_built(self) -> list[str]:
+        """Who builds what now, in words."""
+        keys = (path.stem for path in sorted((self.root / "locks").glob("*.json")))
+        return [f"{key}: {holder}" for key in keys if (holder := self._holder(key))]
+
     @property
     def size(self) -> int:
         """Bytes in the files of all artifacts."""
