@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any
 
 from alignbench import errors
-from alignbench.errors import AlignbenchError, RankError
+from alignbench.config import HardwareConfig
+from alignbench.errors import AlignbenchError, ConfigError, RankError
 from alignbench.jsonio import atomic_write_json, read_json
 from alignbench.stages.stage import Context, Stage
 
@@ -58,6 +59,7 @@ def run_on_ranks(stage: Stage, context: Context) -> None:
             died without a word.
     """
     processes = context.runtime.hardware.processes
+    check_devices(context.runtime.hardware)
     folder = context.work / "ranks"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -74,6 +76,18 @@ def run_on_ranks(stage: Stage, context: Context) -> None:
     if process.returncode or not (folder / COST).exists():
         raise _failure(stage, folder, process.returncode)
     context.cost.update(read_json(folder / COST))
+
+
+def check_devices(hardware: HardwareConfig) -> None:
+    """Refuse more processes than there are GPUs; a CPU takes any number."""
+    import torch
+
+    if hardware.device == "cuda" and torch.cuda.device_count() < hardware.processes:
+        raise ConfigError(
+            f"{hardware.processes} processes want a GPU each, and torch sees {torch.cuda.device_count()}",
+            where="hardware.processes",
+            mend="hardware.processes as many as GPUs (see nvidia-smi, CUDA_VISIBLE_DEVICES), or hardware=cpu_2",
+        )
 
 
 def _nowhere(step: int, metrics: Any) -> None:

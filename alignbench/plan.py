@@ -6,7 +6,9 @@ that cannot fit before a model is loaded.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -123,6 +125,75 @@ def show(lab: PlanLab, console: Console) -> None:
         f"{totals[4]:.0f} s",
     )
     console.print(table)
+
+
+def graph_of(lab: PlanLab) -> dict[str, dict[str, Any]]:
+    """The stage graph by key, as plain data: label, stage, input keys, whether it is cached, expected seconds."""
+    return {
+        key: {
+            "label": node.label,
+            "stage": node.stage.name,
+            "inputs": sorted({source.key for source in node.inputs.values()}),
+            "cached": node.artifact is not None,
+            "seconds": seconds_of(lab.estimates[key], lab.config.hardware, parallel=node.stage.parallel),
+        }
+        for key, node in lab.nodes.items()
+    }
+
+
+def union_of(graphs: Sequence[Mapping[str, Mapping[str, Any]]]) -> dict[str, Any]:
+    """What a sweep would do, from the graphs of its runs.
+
+    Returns:
+        runs, uses (stages of all runs), distinct, cached, to_run; seconds (of what would run, one after the other),
+        longest_path (seconds that no number of concurrent runs can go below), alone (seconds if every run had an empty
+        store of its own), stages (by name: uses, distinct, to_run, seconds).
+    """
+    nodes = {key: node for graph in graphs for key, node in graph.items()}
+    path: dict[str, float] = {}
+    for graph in graphs:
+        for key, node in graph.items():  # inputs come before their users
+            before = max((path[source] for source in node["inputs"]), default=0.0)
+            path[key] = before + (0.0 if node["cached"] else node["seconds"])
+    stages: dict[str, dict[str, float]] = {}
+    for graph in graphs:
+        for node in graph.values():
+            stages.setdefault(node["stage"], {"uses": 0, "distinct": 0, "to_run": 0, "seconds": 0.0})["uses"] += 1
+    for node in nodes.values():
+        row = stages[node["stage"]]
+        row["distinct"] += 1
+        row["to_run"] += not node["cached"]
+        row["seconds"] += 0.0 if node["cached"] else node["seconds"]
+    return {
+        "runs": len(graphs),
+        "uses": sum(map(len, graphs)),
+        "distinct": len(nodes),
+        "cached": sum(node["cached"] for node in nodes.values()),
+        "to_run": sum(not node["cached"] for node in nodes.values()),
+        "seconds": sum(row["seconds"] for row in stages.values()),
+        "longest_path": max(path.values(), default=0.0),
+        "alone": sum(node["seconds"] for graph in graphs for node in graph.values()),
+        "stages": stages,
+    }
+
+
+def show_union(union: Mapping[str, Any], console: Console) -> None:
+    """Print what a sweep would do: a line per kind of stage, and the totals."""
+    table = Table(title=f"plan of the sweep: {union['runs']} run(s)")
+    for heading in ("stage", "uses", "distinct", "to run", "time"):
+        table.add_column(heading, justify="left" if heading == "stage" else "right")
+    for name, row in sorted(union["stages"].items(), key=lambda item: -item[1]["seconds"]):
+        table.add_row(name, *(str(row[k]) for k in ("uses", "distinct", "to_run")), f"{row['seconds']:.0f} s")
+    table.add_section()
+    table.add_row("all", *(str(union[k]) for k in ("uses", "distinct", "to_run")), f"{union['seconds']:.0f} s")
+    console.print(table)
+    saved = 1 - union["seconds"] / union["alone"] if union["alone"] else 0.0
+    console.print(
+        f"{union['cached']} of {union['distinct']} are in the store; longest path {union['longest_path']:.0f} s; every "
+        f"run alone in an empty store {union['alone']:.0f} s, so {saved:.0%} is saved",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _count(value: float) -> str:

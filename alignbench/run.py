@@ -19,6 +19,7 @@ from alignbench.engine.runtime import device_of
 from alignbench.errors import ConfigError
 from alignbench.jsonio import write_jsonl
 from alignbench.lab import Lab, Node
+from alignbench.launch import check_devices
 from alignbench.methods import Outcome, find_method
 from alignbench.plan import PlanLab, check_fits, show
 from alignbench.report import certificates as certified
@@ -52,8 +53,7 @@ def execute(composed: DictConfig) -> float:
         config=records.portable(recorded(composed)),
         folder=Path(config.output_dir) / identity,
     )
-    planner = PlanLab(config, store, tracker)
-    _recipe(planner, config, settings)
+    planner = planned(config, settings, store, tracker)
     if config.plan:
         show(planner, console)
         check_fits(planner)
@@ -61,6 +61,7 @@ def execute(composed: DictConfig) -> float:
     check_fits(planner)
     if config.hardware.device == "cuda":
         device_of(config.hardware)  # a GPU that is not there is noticed before anything runs
+        check_devices(config.hardware)
     with tracker:
         lab = Lab(config, store, tracker)
         outcome, evaluations, certificates = _recipe(lab, config, settings)
@@ -81,6 +82,13 @@ def execute(composed: DictConfig) -> float:
     _say_where(record, path, console)
     reward = record["rows"][outcome.reported]["metrics"].get("reward")
     return 0.0 if reward is None else float(reward["mean"])
+
+
+def planned(config: Config, settings: Any, store: Store, tracker: Tracker) -> PlanLab:
+    """The whole run under a lab that runs nothing."""
+    planner = PlanLab(config, store, tracker)
+    _recipe(planner, config, settings)
+    return planner
 
 
 def _recipe(lab: Lab, config: Config, settings: Any) -> tuple[Outcome, dict[str, Node], dict[str, dict[str, Node]]]:

@@ -8,8 +8,8 @@ Hydra's basic launcher runs every job of a multirun, also after one has failed, 
 failure, so that `on_multirun_end` is not called and later failures are never mentioned. The table of what did finish is
 then printed as the process exits, with every failure in a line. An interrupted multirun ends the same way.
 
-A single run and a plan leave nothing and print nothing. Imports stay inside the functions: a single run loads this
-module, too.
+A plan ends in the union of its runs' stage graphs, and leaves nothing; a single run leaves and prints nothing. Imports
+stay inside the functions: a single run loads this module, too.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,15 +49,17 @@ class SweepTable(Callback):
 
     def on_job_end(self, config: DictConfig, job_return: Any, **_: Any) -> None:
         """Leave a note of one job: which run it was, and how it ended."""
-        if self._folder is None or config.plan:
+        if self._folder is None:
             return
         from hydra.core.utils import JobStatus
 
         from alignbench.config import run_id
         from alignbench.jsonio import atomic_write_json
 
-        identity = run_id(job_return.cfg)
         ok = job_return.status is JobStatus.COMPLETED
+        if config.plan and not ok:
+            return  # Hydra tells why
+        identity = run_id(job_return.cfg)
         # `return_value` raises the job's error again
         error = None if ok else job_return._return_value
         number = OmegaConf.select(config, "hydra.job.num", default=0)
@@ -67,6 +70,7 @@ class SweepTable(Callback):
             "overrides": list(job_return.overrides or []),
             "ok": ok,
             "error": None if ok else f"{type(error).__name__}: {error}",
+            "graph": _graph(job_return.cfg) if config.plan else None,
         }
         notes = self._folder / "jobs"
         notes.mkdir(parents=True, exist_ok=True)
@@ -86,7 +90,12 @@ class SweepTable(Callback):
         if self._folder is None:
             return
         notes = self._take_notes(self._folder / "jobs")
-        if notes:
+        graphs = [note["graph"] for note in notes if note["graph"]]
+        if graphs:
+            _report_plan(graphs)
+            if not any(self._folder.iterdir()):
+                self._folder.rmdir()
+        elif notes:
             report(notes, self._folder, complete=complete)
 
     def _take_notes(self, folder: Path) -> list[dict[str, Any]]:
@@ -109,6 +118,28 @@ def _name(config: DictConfig) -> str:
         return re.sub(r"[^\w.+-]", "_", given)
     words = " ".join(sorted(map(str, config.hydra.overrides.task)))
     return f"sweep-{hashlib.sha256(words.encode()).hexdigest()[:8]}"
+
+
+def _graph(composed: DictConfig) -> dict[str, Any]:
+    """The stage graph of one run of the sweep."""
+    from alignbench.config import resolve
+    from alignbench.plan import graph_of
+    from alignbench.run import planned
+    from alignbench.store import Store
+    from alignbench.tracking import Tracker
+
+    config, settings = resolve(composed)
+    tracker = Tracker(config.tracking, run_id="", group="", job_type="", config={}, folder=Path(config.output_dir))
+    return graph_of(planned(config, settings, Store(Path(config.store_dir)), tracker))
+
+
+def _report_plan(graphs: Sequence[Mapping[str, Any]]) -> None:
+    """Print what the whole sweep would do."""
+    from rich.console import Console
+
+    from alignbench.plan import show_union, union_of
+
+    show_union(union_of(graphs), Console(width=None if Console().is_terminal else 120))
 
 
 def report(notes: Sequence[Mapping[str, Any]], folder: Path, *, complete: bool) -> None:
@@ -160,6 +191,7 @@ def report(notes: Sequence[Mapping[str, Any]], folder: Path, *, complete: bool) 
     )
     for note in failed:
         say(f"failed: {' '.join(note['overrides'])}\n  {note['error']}")
+        say(f"  again:  python main.py {shlex.join(note['overrides'])}")
     if found:
         say(sharing_text(used))
     if any(row.get("certificate") for record in found for row in record["rows"].values()):

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from alignbench.engine import group
-from alignbench.engine.runtime import device_of
 from alignbench.errors import AlignbenchError
 from alignbench.jsonio import atomic_write_json
 from alignbench.launch import COST, JOB, METRICS, die_with_parent, failure_file, log_file
@@ -41,12 +40,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _work(folder: Path, rank: int) -> None:
+    import torch
     import torch.distributed as dist
 
     name, context = pickle.loads((folder / JOB).read_bytes())
     if context.runtime.hardware.device == "cuda":
-        device_of(context.runtime.hardware)  # before the group: NCCL takes the current device
-    dist.init_process_group("nccl" if context.runtime.hardware.device == "cuda" else "gloo")
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before the group: NCCL takes the current device
+        dist.init_process_group("nccl")
+    else:
+        dist.init_process_group("gloo")
     with tempfile.TemporaryDirectory(prefix="alignbench-rank-") as scratch:
         own = replace(context, on_metrics=lambda step, metrics: None, out=Path(scratch))
         if rank == 0:

@@ -9,19 +9,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import hydra
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import DictConfig
+from rich.console import Console
 
 from alignbench.cli import CONF, register
 from alignbench.config import problem_of, resolve, run_id, validate
 from alignbench.errors import ConfigError
 from alignbench.lab import Lab
 from alignbench.methods import METHODS, find_method
-from alignbench.plan import START_SECONDS, PlanLab, check_fits, memory_limit, seconds_of
+from alignbench.plan import START_SECONDS, PlanLab, check_fits, graph_of, memory_limit, seconds_of, show_union, union_of
 from alignbench.record import read_records
 from alignbench.run import execute
 from alignbench.stages.policies import PreferSpec
@@ -419,3 +421,33 @@ def test_the_run_folder_is_the_output_folder_and_the_run_id(ran: Ran) -> None:
     record = ran.folder / "outputs" / run_id(ran.composed) / "record.json"
     assert record.is_file()
     assert [r["run_id"] for r in read_records(ran.folder / "outputs")] == [run_id(ran.composed)]
+
+
+def test_a_sweep_s_plan_counts_what_its_runs_share_once() -> None:
+    def node(stage: str, seconds: float, *inputs: str, cached: bool = False) -> dict[str, Any]:
+        return {"label": stage, "stage": stage, "inputs": list(inputs), "cached": cached, "seconds": seconds}
+
+    shared = {"w": node("world", 1.0, cached=True), "s": node("sft", 50.0, "w")}
+    first = shared | {"a": node("prefer", 20.0, "s"), "b": node("prefer", 30.0, "a")}
+    second = shared | {"c": node("prefer", 40.0, "s"), "e": node("evaluate", 5.0, "c", "s")}
+    union = union_of([first, second])
+    assert (union["runs"], union["uses"], union["distinct"], union["cached"], union["to_run"]) == (2, 8, 6, 1, 5)
+    assert union["seconds"] == 145.0
+    assert union["longest_path"] == 100.0  # sft, a, b
+    assert union["alone"] == 101.0 + 96.0
+    assert union["stages"]["sft"] == {"uses": 2, "distinct": 1, "to_run": 1, "seconds": 50.0}
+    assert union["stages"]["world"]["seconds"] == 0.0
+    console = Console(record=True, width=120)
+    show_union(union, console)
+    assert "every run alone in an empty store 197 s, so 26% is saved" in console.export_text()
+
+
+def test_the_graph_of_a_plan_is_its_nodes(tmp_path: Path) -> None:
+    lab = plan(tmp_path, "debug=tiny")
+    graph = graph_of(lab)
+    assert list(graph) == list(lab.nodes)
+    before: set[str] = set()
+    for key, node in graph.items():
+        assert set(node["inputs"]) <= before
+        assert node["seconds"] > 0
+        before.add(key)

@@ -78,8 +78,17 @@ def test_a_planned_multirun_leaves_no_table(tmp_path: Path) -> None:
     done = multirun(tmp_path, *SWEEP, "constraint.thresholds=[0.1],[0.2]", "plan=true")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("to run: ") == 4
+    # what the four share counts once: two thresholds differ in their evaluations alone
+    union = done.stdout.partition("plan of the sweep: 4 run(s)")[2]
+    cells = [[cell.strip() for cell in line.split("│")] for line in union.splitlines() if line.startswith("│")]
+    rows = {row[1]: [int(cell) for cell in row[2:5]] for row in cells}
+    assert rows["sft"] == [4, 1, 1]
+    assert rows["prefer"] == [2, 1, 1]
+    assert rows["evaluate"] == [6, 4, 4]
+    assert "0 of " in union
+    assert "longest path" in union
     assert TITLE not in done.stdout
-    assert "sweep:" not in done.stdout
+    assert "finished" not in done.stdout
     assert "raised" not in done.stderr  # Hydra's warning of a callback's error
     assert not list((tmp_path / "out").glob("sweep-*"))
 
@@ -147,6 +156,7 @@ def test_jobs_in_other_processes_and_a_second_multirun_on_the_same_folder(
     text = capsys.readouterr().out
     assert "sweep: 0 run(s) finished, 1 failed\n" in text
     assert "failed: seed=7\n  DataError: row 3 is empty" in text
+    assert "  again:  python main.py seed=7\n" in text
     (folder,) = tmp_path.glob("sweep-*")
     assert [path.name for path in folder.iterdir()] == ["sweep.json"]  # no notes are left
 
@@ -170,7 +180,7 @@ def test_single_runs_and_plans_leave_nothing(tmp_path: Path, capsys: pytest.Capt
     SweepTable().on_job_end(config_of(tmp_path, 0), ended(0))
     callback = SweepTable()
     callback.on_multirun_start(config_of(tmp_path, 0))
-    callback.on_job_end(config_of(tmp_path, 0, plan=True), ended(0))
+    callback.on_job_end(config_of(tmp_path, 0, plan=True), ended(0, ValueError("no plan")))
     callback.on_multirun_end(config_of(tmp_path, 0))
     assert capsys.readouterr().out == ""
     assert list(tmp_path.iterdir()) == []

@@ -33,11 +33,7 @@ def device_of(hardware: HardwareConfig) -> torch.device:
             where="hardware.device",
             mend="choose hardware=cpu, or check nvidia-smi and the CUDA build of torch",
         )
-    if hardware.device == "cuda" and hardware.processes > 1:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-        return device
-    return torch.device(hardware.device)
+    return torch.device("cuda", torch.cuda.current_device()) if hardware.device == "cuda" else torch.device("cpu")
 
 
 def dtype_of(hardware: HardwareConfig) -> torch.dtype:
@@ -53,12 +49,12 @@ def join_process_group(hardware: HardwareConfig) -> None:
     if not dist.is_initialized():
         backend = "gloo" if hardware.device == "cpu" else "nccl"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    # In a world of one the shared-memory collectives have nothing to do: not building them saves half a
-    # minute of compilation, and lets a machine without a C++ compiler train.
+    # In a world of one the shared-memory collectives have nothing to do, and in a larger one gloo does their work: not
+    # building them saves half a minute of compilation, and lets a machine without a C++ compiler train.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not deepspeed.comm.is_initialized():
         if shutil.which(os.environ.get("CXX", "c++")) is None and shutil.which("g++") is None:
-            log.info("no C++ compiler found: DeepSpeed's compiled ops are left out; one process needs none of them")
+            log.info("no C++ compiler found: DeepSpeed's compiled ops are left out; none is needed")
         deepspeed.init_distributed(dist_init_required=False, verbose=False)
 
 
