@@ -55,6 +55,9 @@ def main() -> int:
         # Hydra's parser wants it before the overrides; users write it anywhere
         arguments = ["-m", *(a for a in arguments if a not in ("-m", "--multirun"))]
         sys.argv[1:] = arguments
+        # launchers that start processes of their own (submitit) must find this package, which is nowhere installed
+        known = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(CONF.parent), *([known] if known else [])])
         words = " ".join(sorted(a for a in arguments if "=" in a))
         os.environ.setdefault(SWEEP_ENV, f"sweep-{hashlib.sha256(words.encode()).hexdigest()[:8]}")
     try:

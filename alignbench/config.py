@@ -156,6 +156,7 @@ class HardwareConfig:
     device: str = MISSING
     dtype: str = MISSING
     processes: int = 1
+    share_node: bool = False
     zero_stage: int = MISSING
     offload: str = "none"
     micro_batch: int = MISSING

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from alignbench import record as records
+from alignbench import slots
 from alignbench.cli import SWEEP_ENV
 from alignbench.config import Config, problem_of, recorded, resolve, run_id, validate
 from alignbench.engine.runtime import device_of
@@ -59,10 +61,11 @@ def execute(composed: DictConfig) -> float:
         check_fits(planner)
         return 0.0
     check_fits(planner)
-    if config.hardware.device == "cuda":
-        device_of(config.hardware)  # a GPU that is not there is noticed before anything runs
-        check_devices(config.hardware)
-    with tracker:
+    own = slots.taken(config.hardware, identity) if config.hardware.share_node else nullcontext()
+    with own, tracker:
+        if config.hardware.device == "cuda":
+            device_of(config.hardware)  # a GPU that is not there is noticed before anything runs
+            check_devices(config.hardware)
         lab = Lab(config, store, tracker)
         outcome, evaluations, certificates = _recipe(lab, config, settings)
         record = records.make_record(
