@@ -145,6 +145,8 @@ def _report(record: dict[str, Any], folder: Path, console: Console, tracker: Tra
     for name, row in record["rows"].items():
         for metric, value in row["metrics"].items():
             tracker.summary({f"{name}/{metric}": value["mean"]})
+            if name == record["outcome"]["reported"]:  # one name for all methods: what a W&B sweep compares
+                tracker.summary({f"reported/{metric}": value["mean"]})
     utility = record["config"]["constraint"]["utilities"][0]
     if utility in next(iter(record["rows"].values()))["metrics"]:
         trade_off([record], folder / "trade_off", utility=utility)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -12,6 +13,8 @@ from typing import Any, Literal, cast
 from alignbench.config import TrackingConfig
 
 log = logging.getLogger(__name__)
+#: Set by `wandb agent` for the runs that it starts.
+_AGENT = "WANDB_SWEEP_ID"
 
 
 class Tracker:
@@ -55,8 +58,7 @@ class Tracker:
         self._run = self._opened = wandb.init(
             project=self._settings.project,
             entity=self._settings.entity,
-            # W&B keeps a deleted run's id for ever: the folder's hash keeps two checkouts apart
-            id=f"{self._names['id']}-{hashlib.sha256(str(self._folder.resolve()).encode()).hexdigest()[:6]}",
+            id=self._identity(),
             name=self._names["id"],
             group=self._names["group"],
             job_type=self._names["job_type"],
@@ -64,10 +66,16 @@ class Tracker:
             config=self._config,
             dir=str(self._folder),
             mode=cast(Literal["online", "offline", "disabled"], self._settings.mode),
-            resume="allow" if self._settings.mode == "online" else None,
+            resume="allow" if self._settings.mode == "online" and not os.environ.get(_AGENT) else None,
             reinit="finish_previous",
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
+
+    def _identity(self) -> str | None:
+        if os.environ.get(_AGENT):
+            return None  # the agent has named the run, and looks for its result under that name
+        # W&B keeps a deleted run's id for ever: the folder's hash keeps two checkouts apart
+        return f"{self._names['id']}-{hashlib.sha256(str(self._folder.resolve()).encode()).hexdigest()[:6]}"
 
     def log(self, stage: str, step: int, metrics: Mapping[str, float]) -> None:
         """Metrics of one optimiser step of a stage, on the stage's own axis."""
