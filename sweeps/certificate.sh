@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Methods x thresholds x seeds against the exact optimum (dataset=enumerable): one table, one picture, CAID's claim.
 # Stages that runs share (SFT, pairs, the helpful policy, log-probs on the list) are computed once, and the three sweeps
-# may run at the same time on one store. About 50 minutes on 2 cores in two processes.
+# may run at the same time on one store. About an hour and a half on 2 cores in two processes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
