@@ -31,6 +31,8 @@ from alignbench.stages.stage import Context, Stage
 log = logging.getLogger(__name__)
 
 JOB, METRICS, COST, AGENT = "job.pickle", "metrics.jsonl", "cost.json", "agent.json"
+#: Tells a process who started it.
+PARENT = "ALIGNBENCH_PARENT"
 #: Seconds between two looks at the metrics of running ranks.
 POLL = 0.2
 #: Seconds that ranks have to stop after being asked to.
@@ -100,15 +102,19 @@ def _environment(context: Context, processes: int) -> dict[str, str]:
     own = str(Path(__file__).resolve().parents[1])
     path = os.pathsep.join(part for part in (own, os.environ.get("PYTHONPATH", "")) if part)
     # torchrun's own log lines (rendezvous, restarts) are of no use to anybody here; failures are told below
-    return os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": path, "TORCH_CPP_LOG_LEVEL": "ERROR"}
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "PYTHONPATH": path,
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        PARENT: str(os.getpid()),
+    }
 
 
 @contextlib.contextmanager
 def _started(command: list[str], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
     """The launcher in a session of its own, stopped with all its ranks if the body is left in any other way."""
-    process = subprocess.Popen(
-        command, env=environment, start_new_session=True, preexec_fn=die_with_parent, stdin=subprocess.DEVNULL
-    )
+    # without a preexec_fn, which would fork this process as it is: one that holds much memory could not
+    process = subprocess.Popen(command, env=environment, start_new_session=True, stdin=subprocess.DEVNULL)
     try:
         yield process
     finally:
@@ -122,10 +128,16 @@ def _started(command: list[str], environment: dict[str, str]) -> Iterator[subpro
                 process.wait()
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent dies: ranks of a killed run must not go on (Linux only)."""
+def die_with_parent(parent: int) -> None:
+    """Ask the kernel for SIGTERM when the parent dies: ranks of a killed run must not go on (Linux only).
+
+    Args:
+        parent: Its pid; if it has died before this call, the process ends here.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _pass_on(folder: Path, seen: int, context: Context) -> int:
@@ -179,6 +191,8 @@ def main(arguments: list[str] | None = None) -> int:
     # what it would say of a failed rank the caller says in one message, with the rank's own words
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     folder, processes = sys.argv[1:] if arguments is None else arguments
+    die_with_parent(int(os.environ[PARENT]))
+    os.environ[PARENT] = str(os.getpid())
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=int(processes), run_id=Path(folder).parent.name,
         rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,

@@ -23,7 +23,7 @@ from typing import Any
 from alignbench.engine import group
 from alignbench.errors import AlignbenchError
 from alignbench.jsonio import atomic_write_json
-from alignbench.launch import COST, JOB, METRICS, die_with_parent, failure_file, log_file
+from alignbench.launch import COST, JOB, METRICS, PARENT, die_with_parent, failure_file, log_file
 from alignbench.stages import STAGES
 
 
@@ -31,7 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run this rank's part; returns the exit status. An error ends the process with status 1, and is written down."""
     (given,) = sys.argv[1:] if arguments is None else arguments
     folder, rank = Path(given), int(os.environ["RANK"])
-    die_with_parent()
+    die_with_parent(int(os.environ[PARENT]))
     _open_log(folder, rank)
 
     sys.excepthook = lambda kind, error, trace: _confess(folder, rank, error)
