@@ -76,7 +76,8 @@ def taken(hardware: HardwareConfig, label: str) -> Iterator[list[str]]:
     place = folder()
     place.mkdir(parents=True, exist_ok=True)
     with ExitStack() as held:
-        with filelock.FileLock(place / "gate.lock"):
+        with ExitStack() as turn:
+            _take_turn(turn, place, kind)
             chosen = _collect(held, place, kind, there, count)
         for name in chosen:
             told = _told(place, kind, name)
@@ -87,19 +88,34 @@ def taken(hardware: HardwareConfig, label: str) -> Iterator[list[str]]:
             yield chosen
 
 
+def _take_turn(turn: ExitStack, place: Path, kind: str) -> None:
+    gate = _lock(place / "gate.lock")
+    try:
+        gate.acquire(timeout=1.0)
+    except filelock.Timeout:
+        log.warning("waiting behind another run that waits for %ss of this machine", kind)
+        gate.acquire()
+    turn.callback(gate.release)
+
+
+def _lock(path: Path) -> filelock.BaseFileLock:
+    # filelock's soft locks are mere files: one left by a killed run would block for ever
+    return filelock.FileLock(path, fallback_to_soft=False)
+
+
 def _told(place: Path, kind: str, name: str) -> Path:
     return place / f"{kind}-{name}.json"
 
 
 def _collect(held: ExitStack, place: Path, kind: str, there: Sequence[str], count: int) -> list[str]:
-    """Take free units until there are enough; a GPU that becomes free meanwhile is this run's."""
+    """Take free units until there are enough; one that becomes free meanwhile is this run's."""
     chosen: list[str] = []
     due = time.monotonic()
     while True:
         for name in there:
             if name in chosen or len(chosen) == count:
                 continue
-            lock = filelock.FileLock(place / f"{kind}-{name}.lock")
+            lock = _lock(place / f"{kind}-{name}.lock")
             with suppress(filelock.Timeout):
                 lock.acquire(timeout=0)
                 held.callback(lock.release)

@@ -110,6 +110,31 @@ def test_who_must_wait_is_told_for_whom_and_a_death_frees(start: Start, caplog: 
     assert len(taken) == 1
 
 
+def test_who_waits_behind_a_waiting_run_is_told(start: Start, caplog: pytest.LogCaptureFixture) -> None:
+    holder = start(len(CORES), "the-large-run")
+    assert cores_of(holder) == set(CORES)
+    taken: list[str] = []
+
+    def wait(name: str) -> None:
+        with slots.taken(tiny.hardware(threads=1), name):
+            taken.append(name)
+
+    with caplog.at_level(logging.WARNING):
+        both = [threading.Thread(target=wait, args=(name,)) for name in ("next", "last")]
+        for thread in both:
+            thread.start()
+        until = time.monotonic() + PATIENCE_S
+        while "waiting behind another run" not in caplog.text:
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        assert not taken
+        holder.kill()
+        holder.wait()
+        for thread in both:
+            thread.join(PATIENCE_S)
+    assert sorted(taken) == ["last", "next"]
+
+
 def test_more_than_there_is_is_refused() -> None:
     with pytest.raises(ConfigError, match=f"this machine has {len(CORES)} for it"), slots.taken(
         tiny.hardware(threads=len(CORES) + 1), "greedy"
