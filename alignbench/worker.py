@@ -20,6 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from alignbench.cli import quieten
 from alignbench.engine import group
 from alignbench.errors import AlignbenchError
 from alignbench.jsonio import atomic_write_json
@@ -33,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
     folder, rank = Path(given), int(os.environ["RANK"])
     die_with_parent(int(os.environ[PARENT]))
     _open_log(folder, rank)
-
+    quieten()
     sys.excepthook = lambda kind, error, trace: _confess(folder, rank, error)
     _work(folder, rank)
     return 0
@@ -99,9 +100,8 @@ def _confess(folder: Path, rank: int, error: BaseException) -> None:
     if isinstance(error, AlignbenchError):
         told = {"what": error.what, "where": error.where, "mend": error.mend}
     text, kind = "".join(traceback.format_exception(error)), type(error).__name__
-    with log_file(folder, rank).open(
-        "a", encoding="utf-8"
-    ) as stream:  # the terminal gets the launching process's words
+    # to the file only: the terminal gets the launching process's words
+    with log_file(folder, rank).open("a", encoding="utf-8") as stream:
         stream.write(text)
     # the clock of all local ranks is one: the earliest failure is the cause, the later ones its echo
     atomic_write_json(

@@ -78,9 +78,9 @@ def training(chain: Chain, lora: int = 0, loss: str = "dpo") -> tuple[Stage, Pre
     return PREFER, spec, inputs
 
 
-def assert_same_training(one: Made, two: Made) -> None:
+def assert_same_training(one: Made, two: Made, steps: int = 20) -> None:
     first, second = (read_jsonl(made.out / "log.jsonl") for made in (one, two))
-    assert [entry["step"] for entry in first] == [entry["step"] for entry in second] == list(range(1, 21))
+    assert [entry["step"] for entry in first] == [entry["step"] for entry in second] == list(range(1, steps + 1))
     # accuracies count signs of numbers that may be zero but for rounding
     for name in {name for entry in first for name in entry if "accuracy" not in name}:
         found = [[entry.get(name, 0.0) for entry in log] for log in (first, second)]
@@ -102,6 +102,15 @@ def test_two_ranks_train_as_one_does(chain: Chain, tmp_path: Path, zero: int) ->
     # the parent heard of every step, in order, as it would have in place
     assert [step for step, _ in two.metrics] == [step for step, _ in one.metrics] == list(range(1, 21))
     assert all(abs(b["loss"] - a["loss"]) < TOLERANCE for (_, a), (_, b) in zip(one.metrics, two.metrics, strict=True))
+
+
+def test_two_ranks_train_kto_as_one_does(tmp_path: Path) -> None:
+    # its KL estimate is of the whole batch, whichever rank has which example
+    chain = Chain(tmp_path / "store", mismatched=True)
+    job = training(chain, loss="kto")
+    one = Made(tmp_path / "one", *job, micro_batch=2)
+    two = Made(tmp_path / "two", *job, processes=2, micro_batch=2, zero_stage=2)
+    assert_same_training(one, two, steps=40)  # a pair is two examples
 
 
 def test_two_ranks_sample_and_score_as_one_does(chain: Chain, tmp_path: Path) -> None:
