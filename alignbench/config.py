@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from alignbench.data.templates import check_template
 from alignbench.errors import ConfigError
+from alignbench.hardware import HardwareConfig, check_hardware
 from alignbench.models.scorers import find_scorer
 from alignbench.problem import Form, Problem
 
@@ -147,26 +148,6 @@ class ConstraintConfig:
     utilities: list[str] = MISSING
     thresholds: list[float] = MISSING
     beta: float = MISSING
-
-
-@dataclass
-class HardwareConfig:
-    """Where and how stages run; nothing here but `dtype` changes a number beyond rounding."""
-
-    device: str = MISSING
-    dtype: str = MISSING
-    processes: int = 1
-    share_node: bool = False
-    zero_stage: int = MISSING
-    offload: str = "none"
-    micro_batch: int = MISSING
-    eval_batch: int = MISSING
-    generation_batch: int = MISSING
-    activation_checkpointing: bool = False
-    threads: int = 0
-    checkpoint_every: int = MISSING
-    flops_per_second: float = MISSING
-    memory_gib: float | None = None
 
 
 @dataclass
@@ -338,7 +319,7 @@ def validate(config: Config, settings: Any) -> None:
     problem_of(config.constraint)
     _check_model(config.model, "model")
     _check_dataset(config)
-    _check_hardware(config.hardware)
+    check_hardware(config.hardware)
     _check_shares(config.hardware.processes, {"model": config.model, "method": settings})
     _check_evaluation(config)
     if config.tracking.mode not in ("online", "offline", "disabled"):
@@ -540,34 +521,6 @@ def _check_built(model: ModelConfig, where: str) -> None:
             "adapters on random weights learn nothing: a model built from nothing needs SFT of all weights",
             where=f"{where}.lora_for_sft",
             mend=f"{where}.lora_for_sft=false, or give {where}.path",
-        )
-
-
-def _check_hardware(hardware: HardwareConfig) -> None:
-    if hardware.zero_stage not in (0, 1, 2, 3):
-        raise _unknown("hardware.zero_stage", hardware.zero_stage, ("0", "1", "2", "3"))
-    if hardware.dtype not in ("fp32", "bf16"):
-        raise _unknown("hardware.dtype", hardware.dtype, ("fp32", "bf16"))
-    if hardware.device not in ("cpu", "cuda"):
-        raise _unknown("hardware.device", hardware.device, ("cpu", "cuda"))
-    if hardware.offload not in ("none", "cpu"):
-        raise _unknown("hardware.offload", hardware.offload, ("none", "cpu"))
-    if hardware.offload == "cpu" and (hardware.zero_stage == 0 or hardware.device == "cpu"):
-        raise ConfigError(
-            "offload=cpu moves ZeRO's optimizer state off a GPU: it needs device=cuda and zero_stage 1, 2 or 3",
-            where="hardware.offload",
-            mend="hardware.offload=none, or hardware=gpu_zero3",
-        )
-    for name in ("processes", "micro_batch", "eval_batch", "generation_batch", "checkpoint_every"):
-        if getattr(hardware, name) < 1:
-            raise ConfigError(f"hardware.{name} must be at least 1", where=f"hardware.{name}", mend="raise it")
-    no_memory = hardware.memory_gib is not None and hardware.memory_gib <= 0
-    if hardware.threads < 0 or hardware.flops_per_second <= 0 or no_memory:
-        raise ConfigError(
-            f"threads {hardware.threads}, flops_per_second {hardware.flops_per_second}, "
-            f"memory_gib {hardware.memory_gib} describe no machine",
-            where="hardware",
-            mend="threads >= 0, flops_per_second > 0, memory_gib > 0 or null",
         )
 
 

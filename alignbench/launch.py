@@ -1,13 +1,12 @@
-"""Running one stage on several processes.
+"""Running one stage on several processes, of this machine or of several.
 
-The caller is never a rank: it freezes the job, has torchrun's agent (this module's `main`, in a process of its own)
-start the ranks, passes their metrics on, and tells what the first failing rank said.
+The caller is never a rank: it freezes the job, has an agent (`alignbench.agent`, a process of its own) start the ranks,
+passes their metrics on, has them save when it is asked to stop, and tells what the first failing rank said.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import logging
 import os
@@ -17,22 +16,22 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from alignbench import errors
-from alignbench.config import HardwareConfig
+from alignbench import errors, nodes
+from alignbench.agent import Start, environment
 from alignbench.errors import AlignbenchError, ConfigError, RankError
-from alignbench.jsonio import atomic_write_json, read_json
+from alignbench.hardware import HardwareConfig
+from alignbench.jsonio import read_json
+from alignbench.nodes import JOB
 from alignbench.stages.stage import Context, Stage
 
 log = logging.getLogger(__name__)
 
-JOB, METRICS, COST, AGENT = "job.pickle", "metrics.jsonl", "cost.json", "agent.json"
-#: Tells a process who started it.
-PARENT = "ALIGNBENCH_PARENT"
+METRICS, COST, ORDER, LISTENING = "metrics.jsonl", "cost.json", "save", "listening"
 #: Seconds between two looks at the metrics of running ranks.
 POLL = 0.2
 #: Seconds that ranks have to stop after being asked to.
@@ -50,7 +49,7 @@ def failure_file(folder: Path, rank: int) -> Path:
 
 
 def run_on_ranks(stage: Stage, context: Context) -> None:
-    """Run a stage on `hardware.processes` ranks of this machine.
+    """Run a stage on `hardware.processes` ranks.
 
     Args:
         stage: A stage that divides its work (`stage.parallel`).
@@ -60,33 +59,78 @@ def run_on_ranks(stage: Stage, context: Context) -> None:
         AlignbenchError: of the type that the first failing rank raised; RankError if it was another one, or if a rank
             died without a word.
     """
-    processes = context.runtime.hardware.processes
-    check_devices(context.runtime.hardware)
-    folder = context.work / "ranks"
+    hardware = context.runtime.hardware
+    check_devices(hardware)
+    folder = (context.work / "ranks").absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     frozen = replace(context, on_metrics=_nowhere, cost={}, out=context.out.absolute(), work=context.work.absolute())
     (folder / JOB).write_bytes(pickle.dumps((stage.name, frozen)))
-    command = [sys.executable, "-m", "alignbench.launch", str(folder.absolute()), str(processes)]
-    log.info("%s on %d processes; logs: %s", stage.name, processes, folder)
+    log.info("%s on %d processes; logs: %s", stage.name, hardware.processes, folder)
+    start = Start(
+        processes=hardware.processes // (hardware.nodes if hardware.launcher == "torchrun" else 1),
+        nodes=hardware.nodes if hardware.launcher == "torchrun" else 1,
+        launcher=hardware.launcher,
+        hostfile=hardware.hostfile and str(Path(hardware.hostfile).absolute()),
+        hang_seconds=60 * hardware.hang_minutes,
+    )
+    with _machines(hardware, folder, start) as start:
+        status = _watched(folder, start, context)
+    if status or not (folder / COST).exists():
+        raise _failure(stage, folder, status)
+    context.cost.update(read_json(folder / COST))
+
+
+@contextlib.contextmanager
+def _machines(hardware: HardwareConfig, folder: Path, start: Start) -> Iterator[Start]:
+    """The other machines' helpers, invited and at the end heard, where there are any."""
+    if start.nodes == 1:
+        yield start
+        return
+    head = nodes.head_for(hardware)
+    # building/<key>/work/ranks: the store is what machines have in common, if anything
+    start = head.invite(folder, folder.parents[3], start)
+    try:
+        yield start
+    except BaseException:
+        head.stop()
+        raise
+    head.collect(folder, start.nodes)
+
+
+def _watched(folder: Path, start: Start, context: Context) -> int:
+    """Run this machine's agent to its end, passing metrics on and requests to save down; returns its status."""
+    command = [sys.executable, "-m", "alignbench.agent", str(folder), start.json()]
+    threads = context.runtime.hardware.threads
     seen = 0
-    with _started(command, _environment(context, processes)) as process:
+    with context.requests.heard(), _started(command, environment(start.processes, threads)) as process:
         while process.poll() is None:
             time.sleep(POLL)
             seen = _pass_on(folder, seen, context)
+            if context.requests.pending():
+                _have_saved(folder, process)
+                context.requests.done()
     _pass_on(folder, seen, context)
-    if process.returncode or not (folder / COST).exists():
-        raise _failure(stage, folder, process.returncode)
-    context.cost.update(read_json(folder / COST))
+    return int(process.returncode)
+
+
+def _have_saved(folder: Path, process: subprocess.Popen[bytes]) -> None:
+    """Have ranks that train write a checkpoint, and wait for it; others have nothing that could be saved."""
+    if not (folder / LISTENING).exists():
+        return
+    (folder / ORDER).touch()
+    while (folder / ORDER).exists() and (folder / LISTENING).exists() and process.poll() is None:
+        time.sleep(POLL)
 
 
 def check_devices(hardware: HardwareConfig) -> None:
     """Refuse more processes than there are GPUs; a CPU takes any number."""
     import torch
 
-    if hardware.device == "cuda" and torch.cuda.device_count() < hardware.processes:
+    here = hardware.processes // hardware.nodes
+    if hardware.device == "cuda" and torch.cuda.device_count() < here:
         raise ConfigError(
-            f"{hardware.processes} processes want a GPU each, and torch sees {torch.cuda.device_count()}",
+            f"{here} processes of this machine want a GPU each, and torch sees {torch.cuda.device_count()}",
             where="hardware.processes",
             mend="hardware.processes as many as GPUs (see nvidia-smi, CUDA_VISIBLE_DEVICES), or hardware=cpu_2",
         )
@@ -94,20 +138,6 @@ def check_devices(hardware: HardwareConfig) -> None:
 
 def _nowhere(step: int, metrics: Any) -> None:
     """Metrics of a frozen job: a rank replaces it."""
-
-
-def _environment(context: Context, processes: int) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = context.runtime.hardware.threads or max(1, cores // processes)
-    own = str(Path(__file__).resolve().parents[1])
-    path = os.pathsep.join(part for part in (own, os.environ.get("PYTHONPATH", "")) if part)
-    # torchrun's own log lines (rendezvous, restarts) are of no use to anybody here; failures are told below
-    return os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "PYTHONPATH": path,
-        "TORCH_CPP_LOG_LEVEL": "ERROR",
-        PARENT: str(os.getpid()),
-    }
 
 
 @contextlib.contextmanager
@@ -120,24 +150,12 @@ def _started(command: list[str], environment: dict[str, str]) -> Iterator[subpro
     finally:
         if process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)
+                os.killpg(process.pid, signal.SIGINT)
             try:
                 process.wait(PATIENCE)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
-
-
-def die_with_parent(parent: int) -> None:
-    """Ask the kernel for SIGTERM when the parent dies: ranks of a killed run must not go on (Linux only).
-
-    Args:
-        parent: Its pid; if it has died before this call, the process ends here.
-    """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-    if os.getppid() != parent:
-        sys.exit(128 + signal.SIGTERM)
 
 
 def _pass_on(folder: Path, seen: int, context: Context) -> int:
@@ -158,11 +176,15 @@ def _pass_on(folder: Path, seen: int, context: Context) -> int:
 
 def _failure(stage: Stage, folder: Path, status: int) -> AlignbenchError:
     """What the first failing rank said, as an error of its own type where it is one of ours."""
-    exits = read_json(folder / AGENT)["exits"] if (folder / AGENT).exists() else {}
+    hung = [read_json(path) for path in folder.glob("hung_*.json")]
+    if hung:
+        return _hung(stage, folder, hung)
+    exits = {rank: code for path in folder.glob("agent_*.json") for rank, code in read_json(path)["exits"].items()}
     killed = [k for k, code in exits.items() if code < 0 and code != -signal.SIGTERM]
     said = [read_json(path) for path in folder.glob("failed_*.json")]
-    if killed or not said:  # a killed rank has no words; what others say is that it is gone
-        who = f"rank {', '.join(killed)} was killed" if killed else "the ranks' launcher died"
+    # a killed rank has no words, and under DeepSpeed's launcher no exit status; what others say is that it is gone
+    if killed or all(one["echo"] for one in said):
+        who = f"rank {', '.join(killed)} was killed" if killed else "a rank or the ranks' launcher died without a word"
         codes = ", ".join(f"rank {k}: {_spelled(code)}" for k, code in exits.items()) or f"exit status {status}"
         return RankError(
             f"{stage.name}: {who} ({codes})",
@@ -170,7 +192,7 @@ def _failure(stage: Stage, folder: Path, status: int) -> AlignbenchError:
             mend="look for the out-of-memory killer (dmesg) or a batch system's limit, then run the same command "
             "again: the stage goes on from its last checkpoint",
         )
-    first = min(said, key=lambda one: one["time"])
+    first = min(said, key=lambda one: (one["echo"], one["time"]))
     kind = getattr(errors, first["type"], None)
     where = f"rank {first['rank']}, log: {log_file(folder, first['rank'])}"
     if isinstance(kind, type) and issubclass(kind, AlignbenchError):
@@ -179,33 +201,29 @@ def _failure(stage: Stage, folder: Path, status: int) -> AlignbenchError:
     return RankError(f"{first['type']}: {first['what']}", where="; ".join((*place[-1:], where)), mend=first["mend"])
 
 
+def _hung(stage: Stage, folder: Path, machines: Sequence[Mapping[str, Any]]) -> RankError:
+    """Where every rank was when none moved any more; the one that is behind is the one to look at."""
+    ranks = {rank: one for machine in machines for rank, one in machine["ranks"].items()}
+    furthest = max(one["progress"] for one in ranks.values())
+    behind = [rank for rank, one in sorted(ranks.items()) if one["progress"] < furthest or not one["stack"]]
+    lines = []
+    for rank, one in sorted(ranks.items()):
+        # faulthandler writes the main thread last, its innermost call first
+        calls = [line.strip() for line in one["stack"].rpartition("most recent call first")[2].splitlines()[1:4]]
+        lines.append(f"    rank {rank}: " + ("; ".join(calls) or "did not answer (stopped, or stuck in the kernel)"))
+    return RankError(
+        "\n".join(
+            (
+                f"{stage.name}: no rank made progress for {machines[0]['seconds']:.0f} s, so they were stopped; "
+                + (f"rank {', '.join(behind)} is behind the others" if behind else "all are equally far"),
+                *lines,
+            )
+        ),
+        where=f"whole stacks: {folder}/stack_*.txt",
+        mend="look at the rank that is behind; where the work itself takes so long, raise hardware.hang_minutes; the "
+        "same command goes on from the last checkpoint",
+    )
+
+
 def _spelled(code: int) -> str:
     return signal.Signals(-code).name if code < 0 else f"exit status {code}"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Torchrun's agent for the ranks of one job: it finds a free port, starts them, and stops all if one fails."""
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    # what it would say of a failed rank the caller says in one message, with the rank's own words
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    folder, processes = sys.argv[1:] if arguments is None else arguments
-    die_with_parent(int(os.environ[PARENT]))
-    os.environ[PARENT] = str(os.getpid())
-    config = LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=int(processes), run_id=Path(folder).parent.name,
-        rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, monitor_interval=0.1,
-    )  # fmt: skip
-    try:
-        elastic_launch(config, sys.executable)("-m", "alignbench.worker", folder)
-    except ChildFailedError as error:
-        atomic_write_json(
-            Path(folder) / AGENT, {"exits": {str(rank): one.exitcode for rank, one in error.failures.items()}}
-        )
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

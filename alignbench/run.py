@@ -13,12 +13,12 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from alignbench import nodes, slots
 from alignbench import record as records
-from alignbench import slots
 from alignbench.cli import SWEEP_ENV
 from alignbench.config import Config, problem_of, recorded, resolve, run_id, validate
 from alignbench.engine.runtime import device_of
-from alignbench.errors import ConfigError
+from alignbench.errors import ConfigError, RankError
 from alignbench.jsonio import write_jsonl
 from alignbench.lab import Lab, Node
 from alignbench.launch import check_devices
@@ -29,6 +29,7 @@ from alignbench.report.plot import trade_off
 from alignbench.report.table import markdown_table, terminal_table
 from alignbench.report.thresholds import markdown
 from alignbench.report.trajectory import trajectory
+from alignbench.stopping import SIGNALS
 from alignbench.store import Store, versions
 from alignbench.tracking import Tracker
 
@@ -61,8 +62,13 @@ def execute(composed: DictConfig) -> float:
         check_fits(planner)
         return 0.0
     check_fits(planner)
+    if nodes.is_helper(config.hardware):
+        helped = nodes.helper(nodes.rendezvous(config.hardware), Path(config.store_dir).absolute() / "nodes")
+        if helped:
+            raise RankError("the first task of this job is gone", where="hardware.nodes", mend="see its log")
+        return 0.0
     own = slots.taken(config.hardware, identity) if config.hardware.share_node else nullcontext()
-    with own, tracker:
+    with SIGNALS.handled(), own, tracker:
         if config.hardware.device == "cuda":
             device_of(config.hardware)  # a GPU that is not there is noticed before anything runs
             check_devices(config.hardware)

@@ -1,4 +1,4 @@
-"""One rank of a stage: started by `alignbench.launch`, never by hand.
+"""One rank of a stage: started by `alignbench.agent`, never by hand.
 
     python -m alignbench.worker FOLDER      (under torchrun's environment: RANK, WORLD_SIZE, ...)
 
@@ -8,36 +8,85 @@ write theirs to a folder that is thrown away. What a rank leaves in FOLDER: its 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pickle
+import shutil
+import signal
 import sys
-import tempfile
+import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import psutil
+
+from alignbench.agent import PARENT, Beats, die_with_parent
 from alignbench.cli import quieten
 from alignbench.engine import group
 from alignbench.errors import AlignbenchError
 from alignbench.jsonio import atomic_write_json
-from alignbench.launch import COST, JOB, METRICS, PARENT, die_with_parent, failure_file, log_file
+from alignbench.launch import COST, LISTENING, METRICS, ORDER, failure_file, log_file
+from alignbench.nodes import JOB
 from alignbench.stages import STAGES
+from alignbench.stages.stage import Context
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run this rank's part; returns the exit status. An error ends the process with status 1, and is written down."""
     (given,) = sys.argv[1:] if arguments is None else arguments
     folder, rank = Path(given), int(os.environ["RANK"])
-    die_with_parent(int(os.environ[PARENT]))
+    _heed_only(_launcher())
     _open_log(folder, rank)
     quieten()
     sys.excepthook = lambda kind, error, trace: _confess(folder, rank, error)
+    group.on_beat(Beats(folder, rank))
     _work(folder, rank)
     return 0
+
+
+def _launcher() -> int:
+    """The process that started this rank and may stop it; the rank dies with it."""
+    agent = int(os.environ[PARENT])
+    parent = os.getppid()
+    if parent == agent or not psutil.pid_exists(agent):
+        die_with_parent(agent)
+        return agent
+    # DeepSpeed's launcher is between the two, and outlives an agent that is killed
+    die_with_parent(parent)
+    gone = psutil.Process(agent)
+
+    def follow() -> None:
+        while gone.is_running():
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=follow, daemon=True).start()
+    return parent
+
+
+def _heed_only(launcher: int) -> None:
+    """End at the launcher's SIGTERM, whatever this rank is stuck in, and at nobody else's.
+
+    A batch system sends SIGTERM to every process of a job; whether its run then saves and stops, or goes on until it is
+    put back into the queue, the run decides.
+    """
+    if not hasattr(signal, "sigwaitinfo"):
+        return
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the agent ignores it, and that is inherited
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # also in all threads that start later
+
+    def wait() -> None:
+        while signal.sigwaitinfo({signal.SIGTERM}).si_pid != launcher:
+            pass
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _work(folder: Path, rank: int) -> None:
@@ -45,20 +94,81 @@ def _work(folder: Path, rank: int) -> None:
     import torch.distributed as dist
 
     name, context = pickle.loads((folder / JOB).read_bytes())
-    if context.runtime.hardware.device == "cuda":
+    hardware = context.runtime.hardware
+    # a hang is found, and told, by the agent; without it the library's own limits stay
+    limit = timedelta(minutes=2 * hardware.hang_minutes) if hardware.hang_minutes else None
+    if hardware.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))  # before the group: NCCL takes the current device
-        dist.init_process_group("nccl")
-    else:
-        dist.init_process_group("gloo")
-    with tempfile.TemporaryDirectory(prefix="alignbench-rank-") as scratch:
-        own = replace(context, on_metrics=lambda step, metrics: None, out=Path(scratch))
-        if rank == 0:
-            own = replace(own, on_metrics=_writer(folder / METRICS), out=context.out)
-        STAGES[name].run(own)
-        costs = group.gather(dict(own.cost))
+    dist.init_process_group("nccl" if hardware.device == "cuda" else "gloo", timeout=limit)
+    context = _with_own_storage(context, folder)
+    scratch = folder / f"scratch_{rank}"
+    scratch.mkdir()
+    own = replace(context, on_metrics=lambda step, metrics: None, out=scratch, requests=Deaf())
+    if rank == 0:
+        own = replace(own, on_metrics=_writer(folder / METRICS), out=context.out, requests=Orders(folder))
+    STAGES[name].run(own)
+    costs = group.gather(dict(own.cost))
     if rank == 0:
         atomic_write_json(folder / COST, together(costs))
     dist.destroy_process_group()
+    shutil.rmtree(scratch)
+
+
+def _with_own_storage(context: Context, folder: Path) -> Context:
+    """Where this machine does not see the store: inputs as rank 0 sends them, and a folder for own checkpoints."""
+    apart = folder != context.work / "ranks"
+    group.set_apart(apart)
+    if not group.any_apart():
+        return context
+    # of a helper: SCRATCH/jobs/NUMBER
+    scratch = folder.parents[1]
+    inputs = {}
+    for role, artifact in sorted(context.inputs.items()):
+        target = scratch / "inputs" / artifact.key
+        group.hand_out(artifact.folder, target if apart else None)
+        inputs[role] = replace(artifact, folder=target) if apart else artifact
+    work = scratch / "work" / context.work.parent.name if apart else context.work
+    work.mkdir(parents=True, exist_ok=True)
+    return replace(context, inputs=inputs, work=work)
+
+
+class Deaf:
+    """Of the ranks that are not the first: they hear through it."""
+
+    def heard(self) -> contextlib.AbstractContextManager[None]:
+        """Nothing to listen to."""
+        return contextlib.nullcontext()
+
+    def pending(self) -> bool:
+        """Never."""
+        return False
+
+    def done(self) -> None:
+        """The run decides what follows."""
+
+
+class Orders(Deaf):
+    """Of rank 0: the run asks for a checkpoint by a file, which is removed once it is written."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    @contextlib.contextmanager
+    def heard(self) -> Iterator[None]:
+        """While it trains, it listens; the run does not wait for one who does not."""
+        (self._folder / LISTENING).touch()
+        try:
+            yield
+        finally:
+            (self._folder / LISTENING).unlink()
+
+    def pending(self) -> bool:
+        """Whether the run has asked."""
+        return (self._folder / ORDER).exists()
+
+    def done(self) -> None:
+        """Tell the run."""
+        (self._folder / ORDER).unlink()
 
 
 def together(costs: list[dict[str, float]]) -> dict[str, float]:
@@ -96,16 +206,27 @@ def _open_log(folder: Path, rank: int) -> None:
 
 
 def _confess(folder: Path, rank: int, error: BaseException) -> None:
-    told = {"what": str(error), "where": "", "mend": ""}
+    told: dict[str, Any] = {"what": str(error), "where": "", "mend": ""}
     if isinstance(error, AlignbenchError):
         told = {"what": error.what, "where": error.where, "mend": error.mend}
     text, kind = "".join(traceback.format_exception(error)), type(error).__name__
     # to the file only: the terminal gets the launching process's words
     with log_file(folder, rank).open("a", encoding="utf-8") as stream:
         stream.write(text)
-    # the clock of all local ranks is one: the earliest failure is the cause, the later ones its echo
+    # the clock of all ranks of a machine is one: the earliest failure is the cause, the later ones its echo
     atomic_write_json(
-        failure_file(folder, rank), {"rank": rank, "time": time.time(), "type": kind, "traceback": text, **told}
+        failure_file(folder, rank),
+        {"rank": rank, "time": time.time(), "type": kind, "traceback": text, "echo": _is_echo(error), **told},
+    )
+
+
+def _is_echo(error: BaseException) -> bool:
+    """Whether the error says that another rank is gone."""
+    import torch
+
+    words = ("gloo", "connection", "nccl", "socket", "broken pipe", "store")
+    return isinstance(error, torch.distributed.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )
 
 

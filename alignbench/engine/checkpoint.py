@@ -46,7 +46,7 @@ class Checkpoints:
             OSError: the disk is full; the previous checkpoint is still whole.
         """
         tag = f"step-{step}"
-        if group.rank() == 0:
+        if group.keeper():
             self._folder.mkdir(parents=True, exist_ok=True)
             self._discard(tag)
         group.barrier()
@@ -62,13 +62,13 @@ class Checkpoints:
             )
         except (OSError, RuntimeError) as error:
             full = shutil.disk_usage(self._folder).free < 1 << 22
-            if group.rank() == 0:
+            if group.keeper():
                 self._discard(tag)  # half a checkpoint must not keep a full disk full
             if isinstance(error, OSError) or not (full or any(text in str(error).lower() for text in _WRITE_FAULTS)):
                 raise
             raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(self._folder)) from error
         group.barrier()
-        if group.rank() == 0:
+        if group.keeper():
             self._complete(tag, step)
         group.barrier()
 
@@ -89,21 +89,15 @@ class Checkpoints:
         Returns:
             The state given to `save` with its "step", or None when training starts at step 0.
         """
-        marker = self._folder / _MARKER
-        if not marker.exists():
+        own, why = self._usable()
+        everywhere = group.gather((own["tag"] if own else None, why))
+        if any(entry != everywhere[0] for entry in everywhere) or own is None:
+            for why in dict.fromkeys(why for _, why in everywhere if why):
+                log.warning("%s: starting anew", why)
+            if any(tag for tag, _ in everywhere):
+                log.warning("not every machine has its part of the last checkpoint: starting anew")
             return None
-        found = read_json(marker)
-        if found["layout"] != asdict(self._layout):
-            log.warning(
-                "the checkpoint at step %d was written with %s and cannot be continued with %s: starting anew",
-                found["step"],
-                found["layout"],
-                asdict(self._layout),
-            )
-            return None
-        if self._sizes(found["tag"]) != found.get("files"):
-            log.warning("files of the checkpoint %s are cut or absent: starting anew", found["tag"])
-            return None
+        found = own
         try:
             _, client = engine.load_checkpoint(str(self._folder), tag=found["tag"], load_module_strict=not self._lora)
         except Exception as error:  # torch and pickle raise many types; the engine may be half loaded by now
@@ -112,11 +106,24 @@ class Checkpoints:
                 where=str(self._folder),
                 mend="remove that folder and run the same command again: the stage starts anew",
             ) from error
-        own, cuda = client["rng"][group.rank()]
-        torch.set_rng_state(own)
+        state, cuda = client["rng"][group.rank()]
+        torch.set_rng_state(state)
         if torch.cuda.is_available() and cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
         return dict(client)
+
+    def _usable(self) -> tuple[dict[str, Any] | None, str]:
+        """The complete checkpoint on this rank's storage, or why there is none that can be used ("": there is none)."""
+        marker = self._folder / _MARKER
+        if not marker.exists():
+            return None, ""
+        found = dict(read_json(marker))
+        if found["layout"] != asdict(self._layout):
+            why = "the checkpoint at step {} was written with {} and cannot be continued with {}"
+            return None, why.format(found["step"], found["layout"], asdict(self._layout))
+        if self._sizes(found["tag"]) != found.get("files"):
+            return None, f"files of the checkpoint {found['tag']} are cut or absent"
+        return found, ""
 
     def _sizes(self, tag: str) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in sorted((self._folder / tag).glob("*"))}

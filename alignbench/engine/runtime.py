@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from alignbench.config import HardwareConfig
+from alignbench.engine import group
 from alignbench.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -78,10 +79,13 @@ def deepspeed_config(hardware: HardwareConfig, *, micro_batch: int, accumulate: 
     # splits nothing; stage 1 takes another path (BF16_Optimizer), which is slow to set up and prints memory tables
     stage = 2 if hardware.dtype == "bf16" and hardware.zero_stage == 0 else hardware.zero_stage
     zero: dict[str, Any] = {"stage": stage}
-    if hardware.offload == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if hardware.offload != "none":
+        place: dict[str, Any] = {"device": hardware.offload, "pin_memory": hardware.device == "cuda"}
+        if hardware.offload == "nvme":
+            place["nvme_path"] = hardware.nvme_path
+        zero["offload_optimizer"] = dict(place)
         if hardware.zero_stage == 3:
-            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+            zero["offload_param"] = dict(place)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulate,
@@ -93,6 +97,8 @@ def deepspeed_config(hardware: HardwareConfig, *, micro_batch: int, accumulate: 
         "steps_per_print": 10**9,
         "wall_clock_breakdown": False,
     }
+    if group.any_apart():  # each machine keeps a whole checkpoint of its own ranks
+        config["checkpoint"] = {"use_node_local_storage": True}
     if hardware.dtype == "bf16":
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}

@@ -27,6 +27,7 @@ from alignbench.engine.runtime import (
     peak_memory,
 )
 from alignbench.errors import ConfigError, InvariantError
+from alignbench.stopping import SIGNALS, Requests
 
 log = logging.getLogger(__name__)
 Metrics = dict[str, float]
@@ -63,6 +64,7 @@ class TrainJob:
         evaluate_every: Optimiser steps between validations; 0 validates at the end only.
         round: Which of several trainings on these examples this is: the order goes on where the round before
             ended, so that rounds of a fraction of an epoch together see every example.
+        requests: Where the loop hears that it should save what it has and stop.
     """
 
     policy: Any
@@ -77,6 +79,7 @@ class TrainJob:
     validation: Objective | None = None
     evaluate_every: int = 0
     round: int = 0
+    requests: Requests = SIGNALS
 
 
 def train(job: TrainJob, cost: dict[str, float], on_metrics: OnMetrics) -> TrainResult:
@@ -183,21 +186,26 @@ class _Loop:
         else:
             self._check_step0()
         total = self.steps * self.batch_size
-        with progress(total, f"train {job.objective.name}", "ex") as bar:
+        with job.requests.heard(), progress(total, f"train {job.objective.name}", "ex") as bar:
             bar.update(result.resumed_at * self.batch_size)
             for step in range(result.resumed_at, self.steps):
                 metrics, step_tokens = self._step(step)
                 tokens += step_tokens
+                asked = metrics.pop("asked") > 0
                 if self._validates(step + 1):
                     metrics.update(self.validate())
                 result.log.append({"step": float(step + 1), **metrics})
                 on_metrics(step + 1, metrics)
                 bar.update(self.batch_size)
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-                if (step + 1) % job.hardware.checkpoint_every == 0 and step + 1 < self.steps:
+                due = (step + 1) % job.hardware.checkpoint_every == 0 and step + 1 < self.steps
+                if due or asked:
                     seconds = earlier_seconds + time.perf_counter() - started
                     state = {"log": result.log, "tokens": tokens, "seconds": seconds}
                     self.checkpoints.save(self.engine, step + 1, state)
+                if asked:
+                    log.info("%s: saved at step %d of %d, as asked", job.objective.name, step + 1, self.steps)
+                    job.requests.done()
         cost["seconds"] = earlier_seconds + time.perf_counter() - started
         cost["trained_tokens"] = tokens
         cost["optimizer_steps"] = float(self.steps)
@@ -217,7 +225,8 @@ class _Loop:
         # in turn: every rank gets as many micro-batches as the others, and of like lengths
         parts = batching.micro_batches(indices[np.argsort(lengths, kind="stable")], self.micro_batch)
         parts = parts[group.rank() :: group.world()]
-        sums: dict[str, float] = {"tokens": 0.0}
+        # all ranks must agree when to save, and this is where they talk
+        sums: dict[str, float] = {"tokens": 0.0, "asked": float(self.job.requests.pending())}
         norm: Any = None
         for part in parts:
             rows = [objective.rows(i) for i in part]

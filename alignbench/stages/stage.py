@@ -9,6 +9,7 @@ from typing import Any
 
 from alignbench.config import HardwareConfig
 from alignbench.errors import ConfigError
+from alignbench.stopping import SIGNALS, Requests
 from alignbench.store import Artifact
 
 OnMetrics = Callable[[int, Mapping[str, float]], None]
@@ -42,6 +43,7 @@ class Context:
         cost: To be filled: trained/generated/scored tokens, seconds, peak memory.
         runtime: Device, batch sizes, locations.
         on_metrics: Called with (step, metrics) while training.
+        requests: Whether the stage is asked to save what it has and stop; training asks at every step.
     """
 
     spec: Any
@@ -52,6 +54,7 @@ class Context:
     cost: dict[str, float]
     runtime: Runtime
     on_metrics: OnMetrics
+    requests: Requests = SIGNALS
 
 
 @dataclass(frozen=True)

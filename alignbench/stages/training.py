@@ -54,6 +54,7 @@ def train_and_save(
         validation=validation,
         evaluate_every=ctx.runtime.evaluate_every,
         round=getattr(spec, "round", 0),
+        requests=ctx.requests,
     )
     ctx.cost["policies_in_memory"] = float(policies.held() - before)
     result = train(job, ctx.cost, ctx.on_metrics)

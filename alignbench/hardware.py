@@ -1,0 +1,137 @@
+"""The `hardware` group: where and how stages run, and which combinations exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omegaconf import MISSING
+
+from alignbench.errors import ConfigError
+
+_CHOICES = {
+    "zero_stage": (0, 1, 2, 3),
+    "dtype": ("fp32", "bf16"),
+    "device": ("cpu", "cuda"),
+    "offload": ("none", "cpu", "nvme"),
+    "launcher": ("torchrun", "deepspeed"),
+}
+
+
+@dataclass
+class HardwareConfig:
+    """Where and how stages run; nothing here but `dtype` changes a number beyond rounding."""
+
+    device: str = MISSING
+    dtype: str = MISSING
+    processes: int = 1
+    nodes: int = 1
+    launcher: str = "torchrun"
+    rendezvous: str | None = None
+    hostfile: str | None = None
+    hang_minutes: float = 0.0
+    share_node: bool = False
+    zero_stage: int = MISSING
+    offload: str = "none"
+    nvme_path: str | None = None
+    micro_batch: int = MISSING
+    eval_batch: int = MISSING
+    generation_batch: int = MISSING
+    activation_checkpointing: bool = False
+    threads: int = 0
+    checkpoint_every: int = MISSING
+    flops_per_second: float = MISSING
+    memory_gib: float | None = None
+
+
+def check_hardware(hardware: HardwareConfig) -> None:
+    """Refuse a machine that cannot be.
+
+    Raises:
+        ConfigError: before anything is loaded.
+    """
+    for name, known in _CHOICES.items():
+        if getattr(hardware, name) not in known:
+            raise ConfigError(
+                f"hardware.{name} = {getattr(hardware, name)!r} is not known",
+                where=f"hardware.{name}",
+                mend=f"one of: {', '.join(map(str, known))}",
+            )
+    _check_offload(hardware)
+    for name in ("processes", "nodes", "micro_batch", "eval_batch", "generation_batch", "checkpoint_every"):
+        if getattr(hardware, name) < 1:
+            raise ConfigError(f"hardware.{name} must be at least 1", where=f"hardware.{name}", mend="raise it")
+    no_memory = hardware.memory_gib is not None and hardware.memory_gib <= 0
+    if hardware.threads < 0 or hardware.flops_per_second <= 0 or no_memory or hardware.hang_minutes < 0:
+        raise ConfigError(
+            f"threads {hardware.threads}, flops_per_second {hardware.flops_per_second}, "
+            f"memory_gib {hardware.memory_gib}, hang_minutes {hardware.hang_minutes} describe no machine",
+            where="hardware",
+            mend="threads >= 0, flops_per_second > 0, memory_gib > 0 or null, hang_minutes >= 0 (0: never)",
+        )
+    _check_nodes(hardware)
+
+
+def _check_offload(hardware: HardwareConfig) -> None:
+    if hardware.offload == "cpu" and (hardware.zero_stage == 0 or hardware.device == "cpu"):
+        raise ConfigError(
+            "offload=cpu moves ZeRO's optimizer state off a GPU: it needs device=cuda and zero_stage 1, 2 or 3",
+            where="hardware.offload",
+            mend="hardware.offload=none, or hardware=gpu_zero3",
+        )
+    if hardware.offload == "nvme" and (hardware.zero_stage != 3 or hardware.nvme_path is None):
+        raise ConfigError(
+            "offload=nvme keeps ZeRO-3's optimizer state and parameters in files: it needs zero_stage=3 and a folder",
+            where="hardware.offload, hardware.nvme_path",
+            mend="hardware.zero_stage=3 hardware.nvme_path=/a/folder/on/a/fast/local/disk",
+        )
+
+
+def _check_nodes(hardware: HardwareConfig) -> None:
+    if hardware.processes % hardware.nodes:
+        raise ConfigError(
+            f"{hardware.processes} processes cannot be divided among {hardware.nodes} machines",
+            where="hardware.processes, hardware.nodes",
+            mend="processes counts those of all machines: a multiple of nodes",
+        )
+    if hardware.nodes > 1 and hardware.share_node:
+        raise ConfigError(
+            "share_node shares out one machine's GPUs or cores; a run over several machines has them to itself",
+            where="hardware.share_node",
+            mend="hardware.share_node=false, and let the batch system give each run its machines",
+        )
+    if hardware.launcher == "deepspeed" and hardware.nodes > 1 and hardware.hostfile is None:
+        raise ConfigError(
+            "DeepSpeed's launcher finds the machines in a hostfile",
+            where="hardware.hostfile",
+            mend="hardware.hostfile=FILE with a line `HOST slots=N` per machine (ssh without a password), "
+            "or hardware.launcher=torchrun",
+        )
+    if hardware.hostfile is not None:
+        _check_hostfile(hardware)
+
+
+def _check_hostfile(hardware: HardwareConfig) -> None:
+    assert hardware.hostfile is not None
+    if hardware.launcher != "deepspeed":
+        raise ConfigError(
+            "a hostfile is for DeepSpeed's launcher",
+            where="hardware.hostfile",
+            mend="hardware.launcher=deepspeed, or hardware.hostfile=null",
+        )
+    try:
+        with open(hardware.hostfile, encoding="utf-8") as stream:
+            lines = [line.split("#")[0].split() for line in stream]
+        slots = [int(line[1].removeprefix("slots=")) for line in lines if line]
+    except (OSError, ValueError, IndexError) as error:
+        raise ConfigError(
+            f"the hostfile cannot be read ({type(error).__name__}: {error})",
+            where=f"hardware.hostfile={hardware.hostfile}",
+            mend="a line `HOST slots=N` per machine",
+        ) from None
+    if (len(slots), sum(slots)) != (hardware.nodes, hardware.processes):
+        raise ConfigError(
+            f"the hostfile has {len(slots)} machines with {sum(slots)} slots, the run wants {hardware.nodes} with "
+            f"{hardware.processes}",
+            where=f"hardware.hostfile={hardware.hostfile}",
+            mend=f"hardware.nodes={len(slots)} hardware.processes={sum(slots)}",
+        )
