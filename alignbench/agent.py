@@ -133,7 +133,7 @@ def _torchrun(folder: Path, start: Start) -> dict[int, int]:
         min_nodes=start.nodes,
         max_nodes=start.nodes,
         nproc_per_node=start.processes,
-        run_id=folder.parent.name,
+        run_id="alignbench",
         # static: machine 0 has rank 0, which writes the artifact
         rdzv_backend="static" if several else "c10d",
         rdzv_endpoint=start.endpoint if several else "localhost:0",
@@ -152,13 +152,14 @@ def _torchrun(folder: Path, start: Start) -> dict[int, int]:
 
 def _deepspeed(folder: Path, start: Start) -> int:
     """Run the ranks under DeepSpeed's launcher, which reaches other machines by ssh; returns its exit status."""
-    hostfile = Path(start.hostfile) if start.hostfile else folder / "hostfile"
+    # without a hostfile it must not find the one that it looks for by default
+    where = ["--hostfile", start.hostfile or str(folder / "none")]
     if start.hostfile is None:
-        hostfile.write_text(f"localhost slots={start.processes}\n", encoding="utf-8")
+        where += ["--num_gpus", str(start.processes)]
     command = [
         *(sys.executable, "-m", "deepspeed.launcher.runner"),
-        *("--hostfile", str(hostfile), "--master_port", str(free_port())),
-        *("--no_local_rank", "--module", "alignbench.worker", str(folder)),
+        *where,
+        *("--master_port", str(free_port()), "--no_local_rank", "--module", "alignbench.worker", str(folder)),
     ]
     return subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
 

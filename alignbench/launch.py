@@ -28,6 +28,7 @@ from alignbench.hardware import HardwareConfig
 from alignbench.jsonio import read_json
 from alignbench.nodes import JOB
 from alignbench.stages.stage import Context, Stage
+from alignbench.stopping import SIGNALS
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +65,14 @@ def run_on_ranks(stage: Stage, context: Context) -> None:
     folder = (context.work / "ranks").absolute()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    frozen = replace(context, on_metrics=_nowhere, cost={}, out=context.out.absolute(), work=context.work.absolute())
+    frozen = replace(
+        context,
+        on_metrics=_nowhere,
+        requests=SIGNALS,
+        cost={},
+        out=context.out.absolute(),
+        work=context.work.absolute(),
+    )
     (folder / JOB).write_bytes(pickle.dumps((stage.name, frozen)))
     log.info("%s on %d processes; logs: %s", stage.name, hardware.processes, folder)
     start = Start(

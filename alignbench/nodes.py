@@ -19,6 +19,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -95,15 +96,18 @@ class Head:
     """Machine 0's side of the mailbox."""
 
     def __init__(self, address: str) -> None:
+        host, _, port = address.rpartition(":")
         try:
+            with socket.create_server((host, int(port))):  # torch would wait for minutes
+                pass
             self._mail = _connect(address, master=True, seconds=60)
-        except Exception as error:
+        except (OSError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"the machines cannot meet at {address} ({str(error).splitlines()[0]})",
                 where="hardware.rendezvous",
                 mend="HOST must be a name or address of this machine that the others reach, PORT one that is free",
             ) from error
-        self._host = address.rpartition(":")[0]
+        self._address = address
         self._number = 0
         self._helpers = 0
 
@@ -122,7 +126,7 @@ class Head:
             RankError: a machine did not come.
         """
         self._number += 1
-        start = replace(start, endpoint=f"{self._host}:{free_port()}")
+        start = replace(start, endpoint=f"{self._address.rpartition(':')[0]}:{free_port()}")
         token = store_root / f".shared-{secrets.token_hex(6)}"
         token.touch()
         try:
@@ -142,10 +146,12 @@ class Head:
                 raise RankError(
                     f"{wanted - ready} of {wanted} other machines did not come within {PATIENCE:.0f} s",
                     where="hardware.nodes, hardware.rendezvous",
-                    mend="on each of them: python -m alignbench.nodes HOST:PORT; then the same command again",
+                    mend=f"on each of them: python -m alignbench.nodes {self._address}; then the same command again",
                 )
             if time.monotonic() > due:
-                log.warning("waiting for %d other machine(s): python -m alignbench.nodes HOST:PORT", wanted - ready)
+                log.warning(
+                    "waiting for %d other machine(s): python -m alignbench.nodes %s", wanted - ready, self._address
+                )
                 due = time.monotonic() + REMIND
             time.sleep(POLL)
         self._helpers = max(self._helpers, wanted)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,80 +20,23 @@ import psutil
 import pytest
 import tiny
 from pair_chain import TOKENS, Chain, given
+from rank_runs import TOLERANCE, Made, assert_same_training, training
 from safetensors.numpy import load_file
 from tiny_runs import command, environment
 
-from alignbench.config import LoraConfig, SamplingConfig
+from alignbench import agent
+from alignbench.config import SamplingConfig
 from alignbench.errors import ModelError, RankError
-from alignbench.jsonio import read_jsonl, write_jsonl
-from alignbench.launch import run_on_ranks
-from alignbench.stages import LOGPROBS, PREFER, SAMPLE, STAGES, Context, Runtime, Stage
+from alignbench.jsonio import read_json, write_jsonl
+from alignbench.stages import LOGPROBS, PREFER, SAMPLE, STAGES, Stage
 from alignbench.stages.measure import LogProbsSpec, SampleSpec
 from alignbench.stages.policies import PreferSpec
 from alignbench.store import Artifact
-
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
     return Chain(tmp_path_factory.mktemp("launch") / "store")
-
-
-class Made:
-    """One run of a stage outside the store: its files, cost and metrics."""
-
-    def __init__(
-        self, folder: Path, stage: Stage, spec: Any, inputs: dict[str, Artifact], processes: int = 1, **machine: Any
-    ) -> None:
-        self.out, self.cost, self.metrics = folder / "out", dict[str, float](), list[tuple[int, dict[str, float]]]()
-        self.out.mkdir(parents=True)
-        work = folder / "work"
-        work.mkdir(exist_ok=True)
-        context = Context(
-            spec=spec,
-            inputs=inputs,
-            seed=0,
-            out=self.out,
-            work=work,
-            cost=self.cost,
-            runtime=Runtime(tiny.hardware(processes=processes, **machine), 5),
-            on_metrics=lambda step, metrics: self.metrics.append((step, dict(metrics))),
-        )
-        if processes > 1:
-            run_on_ranks(stage, context)
-        else:
-            stage.run(context)
-
-
-def training(chain: Chain, lora: int = 0, loss: str = "dpo") -> tuple[Stage, PreferSpec, dict[str, Artifact]]:
-    """Twenty steps with everything that could depend on the number of ranks: clipping, decay, a schedule."""
-    settings = replace(
-        tiny.settings(20, 9, batch_size=6), schedule="cosine", warmup_ratio=0.2, weight_decay=0.1, max_grad_norm=1.0
-    )
-    spec = PreferSpec("reward", loss, 0.5, settings, LoraConfig(lora, 16.0, 0.0, ["q_proj", "v_proj"]), TOKENS, "fp32")
-    inputs = {
-        "start": chain.policy,
-        "reference": chain.policy,
-        "pairs": chain.pairs,
-        "reference_logprobs": chain.cached,
-    }
-    return PREFER, spec, inputs
-
-
-def assert_same_training(one: Made, two: Made, steps: int = 20) -> None:
-    first, second = (read_jsonl(made.out / "log.jsonl") for made in (one, two))
-    assert [entry["step"] for entry in first] == [entry["step"] for entry in second] == list(range(1, steps + 1))
-    # accuracies count signs of numbers that may be zero but for rounding
-    for name in {name for entry in first for name in entry if "accuracy" not in name}:
-        found = [[entry.get(name, 0.0) for entry in log] for log in (first, second)]
-        np.testing.assert_allclose(found[1], found[0], rtol=1e-4, atol=TOLERANCE, err_msg=name)
-    assert first[-1]["loss"] < first[0]["loss"] - 0.02  # it does train
-    states = [load_file(made.out / "policy/model.safetensors") for made in (one, two)]
-    assert states[0].keys() == states[1].keys()
-    assert max(float(np.abs(states[0][name] - states[1][name]).max()) for name in states[0]) < 1e-4
-    assert two.cost["trained_tokens"] == one.cost["trained_tokens"]
-    assert two.cost["policies_in_memory"] == 1
 
 
 @pytest.mark.parametrize("zero", range(4))
@@ -276,3 +222,114 @@ def test_a_batch_that_cannot_be_divided_is_refused_before_anything_runs(tmp_path
     assert done.returncode != 0
     assert "cannot be divided among 2 processes" in done.stderr
     assert not list(tmp_path.glob("store/artifacts/*"))
+
+
+# ---------------------------------------------------------------- ranks that hang, requests to stop, another launcher
+
+
+class Freeze:
+    """After some steps, one rank is stopped as it is."""
+
+    def __init__(self, seen: list[int], folder: Path, rank: int) -> None:
+        self._seen, self._folder, self._rank = seen, folder, rank
+
+    def heard(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def pending(self) -> bool:
+        if len(self._seen) > 2:
+            self._seen.clear()
+            ranks_of(self._folder)[self._rank].suspend()
+        return False
+
+    def done(self) -> None: ...
+
+
+def endless_training(chain: Chain) -> tuple[Stage, PreferSpec, dict[str, Artifact]]:
+    stage, spec, inputs = training(chain)
+    return stage, replace(spec, train=replace(spec.train, epochs=4000.0)), inputs
+
+
+@pytest.mark.slow
+def test_a_hung_rank_is_found_and_every_rank_says_where_it_is(chain: Chain, tmp_path: Path) -> None:
+    seen: list[int] = []
+    with pytest.raises(RankError, match="no rank made progress for 30 s") as caught:
+        Made(
+            tmp_path / "hung",
+            *endless_training(chain),
+            processes=2,
+            requests=Freeze(seen, tmp_path, 1),
+            seen=seen,
+            micro_batch=2,
+            hang_minutes=0.5,
+        )
+    lines = caught.value.what.splitlines()
+    assert "rank 1 is behind" in lines[0]
+    assert re.match(r" +rank 0: File .*, line \d+ in \w+", lines[1])  # waiting in a collective
+    assert re.match(r" +rank 1: did not answer", lines[2])
+    stacks = (tmp_path / "hung/work/ranks/stack_0.txt").read_text()
+    assert "group.py" in stacks or "distributed" in stacks
+    assert not ranks_of(tmp_path)
+
+
+def test_a_rank_that_hangs_in_python_tells_its_line(tmp_path: Path) -> None:
+    # the agent's own watch, on a process that answers
+    script = (
+        "import sys, time, pathlib; from alignbench.agent import Beats\n"
+        "Beats(pathlib.Path(sys.argv[1]), 0)\n"
+        "def stuck():\n"
+        "    time.sleep(600)\n"
+        "stuck()\n"
+    )
+    rank = subprocess.Popen([sys.executable, "-c", script, str(tmp_path)], env=environment())
+    agent.watch(tmp_path, 3, 2.0)
+    assert rank.wait(60) == -signal.SIGKILL
+    told = read_json(agent.hung_file(tmp_path, 3))
+    assert told["ranks"]["0"]["progress"] == 1
+    assert "in stuck" in told["ranks"]["0"]["stack"]
+
+
+@pytest.mark.slow
+def test_deepspeed_s_launcher_does_the_same(chain: Chain, tmp_path: Path) -> None:
+    job = training(chain)
+    one = Made(tmp_path / "one", *job, micro_batch=2)
+    two = Made(tmp_path / "two", *job, processes=2, micro_batch=2, zero_stage=1, launcher="deepspeed")
+    assert_same_training(one, two)
+
+
+@pytest.mark.slow
+def test_under_deepspeed_s_launcher_errors_and_deaths_are_told_too(chain: Chain, tmp_path: Path) -> None:
+    stage, spec, inputs = endless_training(chain)
+    machine: dict[str, Any] = {"processes": 2, "micro_batch": 2, "launcher": "deepspeed"}
+    with pytest.raises(RankError, match="Error") as caught:
+        Made(tmp_path / "error", stage, replace(spec, beta="a half"), inputs, **machine)  # type: ignore[arg-type]
+    assert ".py" in caught.value.where
+
+    class Kill(Freeze):
+        def pending(self) -> bool:
+            if len(self._seen) > 2:
+                self._seen.clear()
+                ranks_of(self._folder)[self._rank].kill()
+            return False
+
+    seen: list[int] = []
+    with pytest.raises(RankError, match="died without a word"):
+        Made(tmp_path / "dead", stage, spec, inputs, requests=Kill(seen, tmp_path, 0), seen=seen, **machine)
+    wait_for(lambda: not ranks_of(tmp_path), 60)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_stops_and_the_same_command_goes_on(endless: subprocess.Popen[bytes], tmp_path: Path) -> None:
+    store = tmp_path / "store"
+    wait_for(lambda: checkpoint(store))
+    started = list(ranks_of(store).values())
+    os.kill(endless.pid, signal.SIGTERM)
+    for process in started:  # as a batch system does: every process of the job gets it
+        process.terminate()
+    assert endless.wait(120) == 128 + signal.SIGTERM
+    assert not ranks_of(store)
+    told = (tmp_path / "output").read_text()
+    step = int(re.findall(r"saved at step (\d+) of \d+, as asked", told)[-1])
+    # what is saved is whole; ranks go on until the run ends them, so it may be a later step
+    assert checkpoint(store)["step"] >= step  # type: ignore[index]
+    assert "stopped by SIGTERM; the same command goes on from here" in told
