@@ -55,6 +55,7 @@ def search(
     arguments: Sequence[str],
     options: Options,
     *,
+    root: Path,
     launch: Callable[[Sequence[Sequence[str]]], Sequence[JobReturn]],
     compose: Callable[[Sequence[str]], DictConfig],
 ) -> None:
@@ -64,6 +65,7 @@ def search(
         config: The configuration, fixed overrides applied.
         arguments: Overrides; intervals and choices are searched over, the others fixed.
         options: Numbers of trials and the sampler's seed.
+        root: Where the search's folder is.
         launch: Runs jobs, each a list of overrides.
         compose: The configuration of such a job.
 
@@ -77,7 +79,7 @@ def search(
         # where the sampler will go is unknown; random points have the same costs
         launch([_job(trial.params, fixed) for trial in _drawn(space, options)])
         return
-    folder = Path(config.hydra.sweep.dir).resolve() / f"search-{_identity(config, space, options)}"
+    folder = root.resolve() / f"search-{_identity(config, space, options)}"
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder):
         study = _study(folder)
@@ -122,7 +124,7 @@ def space_of(arguments: Sequence[str]) -> tuple[dict[str, optuna.distributions.B
             raise ConfigError(
                 "a search takes no range",
                 where=f"override {override.input_line}",
-                mend="interval(a, b), of integers if both ends are; tag(log, interval(a, b)); or choice(a, b, c)",
+                mend="interval(a, b), tag(log, interval(a, b)), int(interval(a, b)), or choice(a, b, c)",
             )
         else:
             space[_key(override)] = CategoricalDistribution(tuple(override.sweep_string_iterator()))

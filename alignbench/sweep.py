@@ -234,9 +234,9 @@ def report(
     for note in failed:
         say(f"failed: {' '.join(note['overrides'])}\n  {note['error']}")
     if failed:
-        say(f"retry what failed: python -m alignbench.retry {shlex.quote(str(summary))}")
+        say(f"retry:   python -m alignbench.retry {shlex.quote(str(summary))}")
     if missing != 0:
-        say("run what is missing: repeat the sweep's own command; what is finished is found in the store")
+        say("missing: repeat the sweep's own command; what is finished is found in the store")
     if found:
         say(sharing_text(used))
     if any(row.get("certificate") for record in found for row in record["rows"].values()):

@@ -98,7 +98,8 @@ class Search(_Jobs):
     def _sweep(self, arguments: list[str]) -> None:
         from alignbench.search import Options, search
 
-        search(self.config, arguments, Options(**self.options), launch=self.launch, compose=self.compose)
+        root = Path(self.config.hydra.sweep.dir)
+        search(self.config, arguments, Options(**self.options), root=root, launch=self.launch, compose=self.compose)
 
 
 class Retry(_Jobs):

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Hyper-parameter search, reward up and the asked margin a constraint, on validation prompts: SACPO's two learning rates
-# and beta/lambda, 16 trials of Optuna's TPE. About COST on 2 cores from an empty store, by the plan (append
+# and beta/lambda, 16 trials of Optuna's TPE. About 30 minutes on 2 cores from an empty store, by the plan (append
 # plan=true); debug=tiny hydra.sweeper.n_trials=4 for a look at the machinery. Killed, the same command goes on; more trials:
 # hydra.sweeper.n_trials=32. Several at a time: hydra/launcher=submitit_local hydra.sweeper.n_jobs=2 hardware.share_node=true
 # hardware.threads=1. It ends with the command that runs the best trial on test prompts.
