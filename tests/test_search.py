@@ -116,7 +116,7 @@ def test_the_sampler_itself_knows_the_constraint(tmp_path: Path) -> None:
         return [float(job[RATE]) for job in bench.jobs[10:]]
 
     # where every trial is feasible it goes to the largest rates; where those miss the margin it stays below
-    assert statistics.median(late_rates("free", -10.0)) > 3 * statistics.median(late_rates("asked", 0.1))
+    assert statistics.median(late_rates("free", -10.0)) > 2 * statistics.median(late_rates("asked", 0.1))
 
 
 def test_a_killed_search_goes_on_to_the_same_trials(tmp_path: Path) -> None:
@@ -244,6 +244,9 @@ def test_hydra_s_own_grammar_states_the_space() -> None:
 REAL = ("debug=tiny", "hardware.threads=1", "constraint.thresholds=[-0.2]", "hydra.sweeper.n_trials=4")
 
 
+LONG_S = 4 * PATIENCE_S  # several runs, one after the other
+
+
 def ready(folder: Path, *words: str) -> list[str]:
     return ["bash", str(TOP / "sweeps/search.sh"), *REAL, *words, f"store_dir={folder}/store"]
 
@@ -258,7 +261,7 @@ def test_the_ready_search_plans_as_it_stands(tmp_path: Path) -> None:
         env=environment(**surroundings(tmp_path)),
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=LONG_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -278,7 +281,7 @@ def test_the_ready_search_is_killed_goes_on_and_its_best_runs_on_test_prompts(tm
         env=environment(**surroundings(tmp_path)),
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=LONG_S,
         check=False,
     )
     assert again.returncode == 0, again.stderr
@@ -292,7 +295,7 @@ def test_the_ready_search_is_killed_goes_on_and_its_best_runs_on_test_prompts(tm
         cwd=TOP,
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=LONG_S,
         check=False,
     )
     assert best.returncode == 0, best.stderr
@@ -322,7 +325,7 @@ def test_trials_run_through_submitit(tmp_path: Path) -> None:
         env=environment(**surroundings(tmp_path)),
         capture_output=True,
         text=True,
-        timeout=PATIENCE_S,
+        timeout=LONG_S,
         check=False,
     )
     assert done.returncode == 0, done.stderr
