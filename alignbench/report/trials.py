@@ -247,7 +247,7 @@ def picture(trials: Sequence[Trial], path: Path) -> None:
     history.set_ylabel("reward (mean per response, larger is better)")
     plane.set_xlabel("violation (requested - achieved margin; met left of 0)")
     figure.suptitle("hyper-parameter search, validation prompts", fontsize=11)
-    history.legend(frameon=False, fontsize=8)
+    figure.legend(*history.get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     for axes in (history, plane):
         axes.margins(0.08)
         axes.spines[["top", "right"]].set_visible(False)
