@@ -6,7 +6,8 @@ that they name. A folder of runs from other days is thus never mixed in.
 
 Hydra's basic launcher runs every job of a multirun, also after one has failed, and its sweeper then raises the *first*
 failure, so that `on_multirun_end` is not called and later failures are never mentioned. The table of what did finish is
-then printed as the process exits, with every failure in a line. An interrupted multirun ends the same way.
+then printed as the process exits, with every failure in a line. An interrupted multirun ends the same way. One command
+retries what failed (alignbench.retry); at its end the same table, picture and sweep.json hold the whole sweep.
 
 A plan ends in the union of its runs' stage graphs, and leaves nothing; a single run leaves and prints nothing. Imports
 stay inside the functions: a single run loads this module, too.
@@ -17,6 +18,7 @@ from __future__ import annotations
 import atexit
 import hashlib
 import json
+import math
 import os
 import re
 import secrets
@@ -25,6 +27,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.errors import HydraException
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
@@ -38,10 +41,18 @@ class SweepTable(Callback):
         self._folder: Path | None = None
         self._token = ""
         self._process = 0
+        self._jobs: int | None = None
+        self._earlier: dict[str, Any] = {}
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Name the multirun; nothing is written before a job has ended."""
         self._folder = Path(str(config.hydra.sweep.dir)).resolve() / _name(config)
+        self._jobs = _expected(config)
+        retried = OmegaConf.select(config, "hydra.sweeper.of", default=None)
+        if retried is not None and Path(retried).is_file():  # its sweeper refuses what is no sweep.json
+            from alignbench.jsonio import read_json
+
+            self._folder, self._earlier = Path(retried).parent, dict(read_json(Path(retried)))
         # the same sweep may run twice at a time, and files of one that was killed may lie about
         self._token = secrets.token_hex(4)
         self._process = os.getpid()
@@ -79,14 +90,14 @@ class SweepTable(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print and write the table of this multirun."""
         atexit.unregister(self._at_exit)
-        self._finish(complete=True)
+        self._finish(ended=True)
 
     def _at_exit(self) -> None:
         # a forked child inherits the registration
         if os.getpid() == self._process:
-            self._finish(complete=False)
+            self._finish(ended=False)
 
-    def _finish(self, *, complete: bool) -> None:
+    def _finish(self, *, ended: bool) -> None:
         if self._folder is None:
             return
         notes = self._take_notes(self._folder / "jobs")
@@ -96,7 +107,8 @@ class SweepTable(Callback):
             if not any(self._folder.iterdir()):
                 self._folder.rmdir()
         elif notes:
-            report(notes, self._folder, complete=complete)
+            missing = 0 if ended else None if self._jobs is None else self._jobs - len(notes)
+            report(notes, self._folder, missing=missing, earlier=self._earlier)
 
     def _take_notes(self, folder: Path) -> list[dict[str, Any]]:
         """This multirun's notes, in the order of its jobs; they are removed, for sweep.json says the same."""
@@ -142,35 +154,67 @@ def _report_plan(graphs: Sequence[Mapping[str, Any]]) -> None:
     show_union(union_of(graphs), Console(width=None if Console().is_terminal else 120))
 
 
-def report(notes: Sequence[Mapping[str, Any]], folder: Path, *, complete: bool) -> None:
+def _expected(config: DictConfig) -> int | None:
+    """How many jobs this multirun has; None where its sweeper alone knows."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    if not str(OmegaConf.select(config, "hydra.sweeper._target_")).endswith(".BasicSweeper"):
+        return None
+    parsed = OverridesParser.create().parse_overrides(list(map(str, config.hydra.overrides.task)))
+    try:
+        return math.prod(sum(1 for _ in o.sweep_string_iterator()) for o in parsed if o.is_sweep_override())
+    except HydraException:  # a glob, or an interval that this sweeper refuses
+        return None
+
+
+def report(
+    notes: Sequence[Mapping[str, Any]],
+    folder: Path,
+    *,
+    missing: int | None,
+    earlier: Mapping[str, Any] | None = None,
+) -> None:
     """Print one table for all jobs, what failed and what was shared; write table, picture and sweep.json.
 
     Args:
         notes: What every job left.
         folder: Where the files go.
-        complete: Whether Hydra reached the end of the multirun.
+        missing: Jobs that never ended; None: nobody knows whether there are such.
+        earlier: The sweep.json of the sweep of which these jobs are a retry; its finished runs are kept.
     """
     from rich.console import Console
 
-    from alignbench.errors import AlignbenchError
-    from alignbench.jsonio import atomic_write_json, read_json
+    from alignbench.jsonio import atomic_write_json
     from alignbench.report import thresholds
 
-    records: dict[str, dict[str, Any]] = {}
     failed = [dict(note) for note in notes if not note["ok"]]
-    for note in notes:
-        if note["ok"]:
-            try:
-                records[note["run_id"]] = read_json(Path(note["record"]))
-            except (AlignbenchError, OSError) as error:
-                failed.append({**note, "error": f"its record cannot be read: {error}"})
+    ended = [note for note in notes if note["ok"]]
+    records: dict[str, dict[str, Any]] = {}
+    if earlier:
+        missing = earlier.get("missing")
+        retried = {note["number"] for note in notes}
+        failed += [job for number, job in enumerate(earlier["failed"]) if number not in retried]
+        for run in earlier["runs"]:
+            record = _record_of({"record": folder.parent / run / "record.json"})
+            if isinstance(record, str):
+                missing = None if missing is None else missing + 1
+            else:
+                records[run] = record
+    for note in ended:
+        found_or_fault = _record_of(note)
+        if isinstance(found_or_fault, str):
+            failed.append({**note, "error": found_or_fault})
+        else:
+            records[note["run_id"]] = found_or_fault
     found = list(records.values())
     used = sharing(found)
     folder.mkdir(parents=True, exist_ok=True)
+    summary = folder / "sweep.json"
     atomic_write_json(
-        folder / "sweep.json",
+        summary,
         {
-            "complete": complete,
+            "complete": not failed and missing == 0,
+            "missing": missing,
             "runs": list(records),
             "failed": [{"overrides": note["overrides"], "error": note["error"]} for note in failed],
             "stages": used,
@@ -185,20 +229,32 @@ def report(notes: Sequence[Mapping[str, Any]], folder: Path, *, complete: bool) 
     if thresholds.points_of(found):
         console.print(thresholds.terminal_table(found, f"requested against achieved: {len(found)} run(s)"))
         written = thresholds.write(found, folder / TABLE)
-    say(
-        f"sweep: {len(found)} run(s) finished, {len(failed)} failed"
-        + ("" if complete else "; it did not reach its end")
-    )
+    never = {0: "", None: "; it did not reach its end"}.get(missing, f"; {missing} never ran to an end")
+    say(f"sweep: {len(found)} run(s) finished, {len(failed)} failed{never}")
     for note in failed:
         say(f"failed: {' '.join(note['overrides'])}\n  {note['error']}")
-        say(f"  again:  python main.py {shlex.join(note['overrides'])}")
+    if failed:
+        say(f"retry:   python -m alignbench.retry {shlex.quote(str(summary))}")
+    if missing != 0:
+        say("missing: repeat the sweep's own command; what is finished is found in the store")
     if found:
         say(sharing_text(used))
     if any(row.get("certificate") for record in found for row in record["rows"].values()):
         say(f"certificates: python -m alignbench.report certificates {folder.parent}")
     for what, path in zip(("table", "picture"), written, strict=False):
         say(f"{what + ':':9}{path}")
-    say(f"runs:    {folder / 'sweep.json'}")
+    say(f"runs:    {summary}")
+
+
+def _record_of(note: Mapping[str, Any]) -> dict[str, Any] | str:
+    """The record of a job that ended well, or why it cannot be had."""
+    from alignbench.errors import AlignbenchError
+    from alignbench.jsonio import read_json
+
+    try:
+        return dict(read_json(Path(note["record"])))
+    except (AlignbenchError, OSError) as error:
+        return f"its record cannot be read: {error}"
 
 
 def sharing(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
