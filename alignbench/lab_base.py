@@ -55,6 +55,11 @@ class Node:
         """The artifact's key."""
         return self.identity.key
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether several processes share its work."""
+        return self.stage.shares(self.identity.spec)
+
     def source(self, role: str) -> Node:
         """The nearest node of that role among the inputs and theirs (of listed answers the log-probs lie deeper)."""
         node = self
@@ -189,7 +194,7 @@ class LabBase:
                 runtime=self.runtime,
                 on_metrics=lambda step, metrics: self.tracker.log(node.label, step, metrics),
             )
-            if node.stage.parallel and self.config.hardware.processes > 1:
+            if node.is_shared and self.config.hardware.processes > 1:
                 run_on_ranks(node.stage, context)
             else:
                 node.stage.run(context)

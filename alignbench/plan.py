@@ -100,7 +100,7 @@ def show(lab: PlanLab, console: Console) -> None:
         e = lab.estimates[key]
         cached = node.artifact is not None
         figures = [e.trained_tokens, e.generated_tokens, e.scored_tokens, e.flops]
-        seconds = 0.0 if cached else seconds_of(e, lab.config.hardware, parallel=node.stage.parallel)
+        seconds = 0.0 if cached else seconds_of(e, lab.config.hardware, parallel=node.is_shared)
         if not cached:
             totals = [a + b for a, b in zip(totals, [*figures, seconds], strict=True)]
             peak = max(peak, e.memory_bytes)
@@ -135,7 +135,9 @@ def graph_of(lab: PlanLab) -> dict[str, dict[str, Any]]:
             "stage": node.stage.name,
             "inputs": sorted({source.key for source in node.inputs.values()}),
             "cached": node.artifact is not None,
-            "seconds": seconds_of(lab.estimates[key], lab.config.hardware, parallel=node.stage.parallel),
+            "seconds": seconds_of(
+                lab.estimates[key], lab.config.hardware, parallel=node.stage.shares(node.identity.spec)
+            ),
         }
         for key, node in lab.nodes.items()
     }

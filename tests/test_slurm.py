@@ -89,3 +89,21 @@ def test_jobs_run_on_the_cluster_and_one_goes_on_after_a_requeue(tmp_path: Path,
     steps = [int(step) for step in re.findall(r"sft: continuing at step (\d+) of", logs)]
     assert steps
     assert min(steps) >= 20
+
+
+def test_a_run_on_two_machines_is_one_job_with_a_task_on_each(tmp_path: Path, partition: str) -> None:
+    # a cluster of one machine gives both tasks to it; what matters is that the second becomes the first one's helper
+    launched = sweep(
+        tmp_path,
+        partition,
+        "method=sft",
+        "hydra.launcher.tasks_per_node=2",
+        "hardware.nodes=2",
+        "hardware.processes=2",
+        "hardware.zero_stage=2",
+    )
+    assert launched.wait(PATIENCE_S) == 0, (tmp_path / "output").read_text()
+    assert "sweep: 1 run(s) finished, 0 failed" in (tmp_path / "output").read_text()
+    logs = "".join(path.read_text() for path in tmp_path.rglob("*_log.*"))
+    assert "as machine 1" in logs
+    assert "taking part in the run at" in logs

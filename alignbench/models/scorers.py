@@ -11,15 +11,24 @@ from alignbench.errors import ConfigError
 #: (prompts, responses), both of length n -> {"reward": (n,), utility name: (n,), ...}, float64, larger = better.
 Scorer = Callable[[Sequence[str], Sequence[str]], dict[str, np.ndarray]]
 _SCORERS: dict[str, Scorer] = {}
+_SHARED: set[str] = set()
 
 
-def register_scorer(name: str) -> Callable[[Scorer], Scorer]:
-    """Decorator that adds a scorer; a second one of the same name is refused."""
+def register_scorer(name: str, *, shared: bool = False) -> Callable[[Scorer], Scorer]:
+    """Decorator that adds a scorer; a second one of the same name is refused.
+
+    Args:
+        name: Its name in `evaluate.scorer`.
+        shared: Whether processes should divide its work: of one with a model in it, not of plain arithmetic, which is
+            done before they have started.
+    """
 
     def add(scorer: Scorer) -> Scorer:
         if name in _SCORERS:
             raise ConfigError(f"scorer {name!r} is registered twice", where=__name__, mend="rename one")
         _SCORERS[name] = scorer
+        if shared:
+            _SHARED.add(name)
         return scorer
 
     return add
@@ -33,6 +42,11 @@ def find_scorer(name: str) -> Scorer:
             f"unknown scorer {name!r}", where="evaluate.scorer", mend=f"known: {', '.join(sorted(_SCORERS))}"
         )
     return scorer
+
+
+def is_shared(name: str) -> bool:
+    """Whether processes divide the work of that scorer."""
+    return name in _SHARED
 
 
 @register_scorer("gold")

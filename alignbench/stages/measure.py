@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import numpy as np
 
 from alignbench.config import SamplingConfig
 from alignbench.data.tokenize import TruncationReport
+from alignbench.engine import group
 from alignbench.engine.batching import Row
 from alignbench.engine.generate import Request, generate
 from alignbench.engine.logprobs import sequence_logprobs
@@ -18,7 +19,7 @@ from alignbench.engine.runtime import derive_seed, device_of, dtype_of, peak_mem
 from alignbench.errors import DataError
 from alignbench.jsonio import write_json, write_jsonl
 from alignbench.models import policy as policies
-from alignbench.models.scorers import find_scorer
+from alignbench.models.scorers import find_scorer, is_shared
 from alignbench.stages.data import WORLD_RESPONSE_TOKENS
 from alignbench.stages.stage import (
     Context,
@@ -148,7 +149,8 @@ def _score(ctx: Context) -> None:
     prompts = [r["prompt"] for r in rows]
     started = time.perf_counter()
     columns = ("response_0", "response_1") if paired else ("response",)
-    sides = [_finite_scores(ctx.spec.scorer, prompts, [r[column] for r in rows]) for column in columns]
+    batch = ctx.runtime.hardware.eval_batch
+    sides = [_finite_scores(ctx.spec.scorer, prompts, [r[column] for r in rows], batch) for column in columns]
     write_jsonl(
         ctx.out / "scores.jsonl",
         [
@@ -163,8 +165,20 @@ def _score(ctx: Context) -> None:
     ctx.cost["seconds"] = time.perf_counter() - started
 
 
-def _finite_scores(scorer: str, prompts: list[str], responses: list[str]) -> dict[str, np.ndarray]:
-    scores = find_scorer(scorer)(prompts, responses)
+def _finite_scores(scorer: str, prompts: list[str], responses: list[str], batch: int) -> dict[str, np.ndarray]:
+    """Scores of every response, a batch at a time where ranks share the work."""
+    score = find_scorer(scorer)
+    if group.world() == 1:
+        scores = score(prompts, responses)
+    else:
+
+        def some(rows: Sequence[int]) -> list[dict[str, float]]:
+            found = score([prompts[i] for i in rows], [responses[i] for i in rows])
+            return [{name: float(values[i]) for name, values in found.items()} for i in range(len(rows))]
+
+        parts = [range(start, min(start + batch, len(prompts))) for start in range(0, len(prompts), batch)]
+        rows = group.spread(parts, some)
+        scores = {name: np.array([row[name] for row in rows]) for name in (rows[0] if rows else {})}
     for name, values in scores.items():
         bad = np.flatnonzero(~np.isfinite(values))
         if len(bad):
@@ -184,6 +198,7 @@ SCORE = register(
         ScoreSpec,
         _score,
         lambda spec, inputs, runtime, hints: Estimate(inputs["responses"], overhead_seconds=1.0),
+        parallel=lambda spec: is_shared(spec.scorer),
     )
 )
 

@@ -107,7 +107,8 @@ class Stage:
         run: The work itself.
         estimate: (spec, facts of inputs by role, runtime, hints) -> Estimate; must not load anything. Hints
             are sizes that the lab knows from the configuration and that belong to no key.
-        parallel: Whether several processes share its work (through `engine.group`); the others run in place.
+        parallel: Whether several processes share its work (through `engine.group`), or a function of the spec that
+            says so; the others run in place.
     """
 
     name: str
@@ -116,7 +117,11 @@ class Stage:
     spec: type
     run: Callable[[Context], None]
     estimate: Callable[[Any, Mapping[str, Facts], Runtime, Mapping[str, float]], Estimate]
-    parallel: bool = False
+    parallel: bool | Callable[[Any], bool] = False
+
+    def shares(self, spec: Any) -> bool:
+        """Whether several processes share the work of this spec."""
+        return self.parallel(spec) if callable(self.parallel) else self.parallel
 
 
 STAGES: dict[str, Stage] = {}

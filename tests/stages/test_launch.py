@@ -28,8 +28,8 @@ from alignbench import agent
 from alignbench.config import SamplingConfig
 from alignbench.errors import ModelError, RankError
 from alignbench.jsonio import read_json, write_jsonl
-from alignbench.stages import LOGPROBS, PREFER, SAMPLE, STAGES, Stage
-from alignbench.stages.measure import LogProbsSpec, SampleSpec
+from alignbench.stages import LOGPROBS, PREFER, SAMPLE, SCORE, STAGES, Stage
+from alignbench.stages.measure import LogProbsSpec, SampleSpec, ScoreSpec
 from alignbench.stages.policies import PreferSpec
 from alignbench.store import Artifact
 
@@ -84,10 +84,15 @@ def test_two_ranks_sample_and_score_as_one_does(chain: Chain, tmp_path: Path) ->
     assert values[0].shape == (21,)
     np.testing.assert_allclose(values[1], values[0], atol=TOLERANCE)
     assert scored[0].cost["scored_tokens"] == scored[1].cost["scored_tokens"]
+    gold = [
+        Made(tmp_path / f"gold {n}", SCORE, ScoreSpec("gold"), {"responses": rows}, n, eval_batch=4) for n in (1, 2)
+    ]
+    assert (gold[0].out / "scores.jsonl").read_bytes() == (gold[1].out / "scores.jsonl").read_bytes()
+    assert gold[1].cost["scored_responses"] == 21
 
 
-def test_which_stages_share_their_work() -> None:
-    assert {name for name, stage in STAGES.items() if stage.parallel} == {
+def test_which_stages_share_their_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {name for name, stage in STAGES.items() if stage.parallel is True} == {
         "features",
         "logprobs",
         "prefer",
@@ -95,6 +100,10 @@ def test_which_stages_share_their_work() -> None:
         "sft",
         "tilt",
     }
+    # gold scores are arithmetic, done before ranks have started
+    assert not SCORE.shares(ScoreSpec("gold"))
+    monkeypatch.setattr("alignbench.models.scorers._SHARED", {"gold"})
+    assert SCORE.shares(ScoreSpec("gold"))
 
 
 # ---------------------------------------------------------------- faults
