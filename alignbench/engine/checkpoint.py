@@ -118,6 +118,12 @@ class Checkpoints:
             torch.cuda.set_rng_state_all(cuda)
         return dict(client)
 
+    def kept(self) -> int | None:
+        """The step that a repeated run would go on from."""
+        marker = self._folder / _MARKER
+        found = read_json(marker) if marker.exists() else {}
+        return int(found["step"]) if found.get("layout") == asdict(self._layout) else None
+
     def _sizes(self, tag: str) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in sorted((self._folder / tag).glob("*"))}
 
