@@ -62,11 +62,11 @@ class Checkpoints:
             )
         except (OSError, RuntimeError) as error:
             full = shutil.disk_usage(self._folder).free < 1 << 22
-            if group.rank() == 0:
-                self._discard(tag)  # half a checkpoint must not keep a full disk full
+            self._discard(tag)  # half a checkpoint must not keep a full disk full, whichever rank met its end
             if isinstance(error, OSError) or not (full or any(text in str(error).lower() for text in _WRITE_FAULTS)):
                 raise
-            raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(self._folder)) from error
+            # the system's own words: of a rank's error only the text reaches the process that explains it
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for a checkpoint", str(self._folder)) from error
         group.barrier()
         if group.rank() == 0:
             self._complete(tag, step)
