@@ -7,6 +7,7 @@ compares everything that the runs leave with the undisturbed multirun's.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
@@ -44,10 +45,11 @@ LEFT_OUT = {
 
 @dataclass(frozen=True)
 class Sweep:
-    """A multirun: its name in reports, and its overrides."""
+    """A multirun: its name in reports, its overrides, and whom its trials kill in turn."""
 
     name: str
     overrides: tuple[str, ...]
+    victims: tuple[str, ...] = ("main process",)
 
     def command(self, folder: Path) -> list[str]:
         """What a user types, with everything it writes below `folder`."""
@@ -68,7 +70,11 @@ ONE_PROCESS = Sweep(
     ),
 )
 #: Two runs that share three stages on two ranks each: a start-up of some seconds for every one of them.
-TWO_RANKS = Sweep("two ranks", (*_LONG, "hardware=cpu_2", "method=sft,dpo_helpful", "evaluate.samples_per_prompt=1"))
+TWO_RANKS = Sweep(
+    "two ranks",
+    (*_LONG, "hardware=cpu_2", "method=sft,dpo_helpful", "evaluate.samples_per_prompt=1"),
+    ("rank 0", "main process", "rank 1"),
+)
 
 
 @dataclass
@@ -76,7 +82,7 @@ class Trial:
     """One kill, and what came of it.
 
     Attributes:
-        moment: Seconds after the start.
+        moment: Seconds after the start (a rank that was not yet alive was killed somewhat later).
         victim: "main process" or "rank K".
         stages: Stages that were being computed then.
         checkpoint: Whether one of them had a whole checkpoint.
@@ -90,7 +96,7 @@ class Trial:
     """
 
     moment: float
-    victim: str = ""
+    victim: str
     stages: list[str] = field(default_factory=list)
     checkpoint: bool = False
     gone_after: float = 0.0
@@ -178,11 +184,12 @@ def undisturbed(sweep: Sweep, folder: Path) -> tuple[float, dict[str, Any]]:
     return time.monotonic() - begun, fingerprint(folder)
 
 
-def disturbed(
-    sweep: Sweep, folder: Path, moment: float, expected: Mapping[str, Any], choose: random.Random
-) -> Trial | None:
-    """One trial; None if the command had ended before its moment came."""
-    trial, store = Trial(round(moment, 2)), folder / "store"
+def disturbed(sweep: Sweep, folder: Path, moment: float, victim: str, expected: Mapping[str, Any]) -> Trial | None:
+    """One trial; None if the command had ended before its moment came.
+
+    Where a rank is to die and none lives at that moment, the next one does, some random seconds after its start.
+    """
+    trial, store = Trial(round(moment, 2), victim), folder / "store"
     running = Running(sweep, folder)
     try:
         try:
@@ -191,10 +198,19 @@ def disturbed(
             pass
         else:
             return None
-        candidates = {"main process": psutil.Process(running.popen.pid)} | running.ranks()
-        trial.victim = choose.choice(sorted(candidates))
+        target = psutil.Process(running.popen.pid) if victim == "main process" else running.ranks().get(victim)
+        late = random.Random(moment).uniform(0.0, 12.0)
+        while target is None:
+            if running.popen.poll() is not None:
+                return None
+            time.sleep(0.1)
+            target = running.ranks().get(victim)
+            if target is not None:
+                time.sleep(late)
+                target = running.ranks().get(victim)
         trial.stages, trial.checkpoint = _in_work(store)
-        candidates[trial.victim].kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            target.kill()
         # a killed rank fails its run; the command goes on with the others and ends by itself
         trial.status = running.popen.wait(PATIENCE_S)
         trial.gone_after, trial.orphans = running.gone()
@@ -296,8 +312,8 @@ def trials(sweep: Sweep, folder: Path, count: int, seed: int) -> Iterator[tuple[
     facts = {"seconds": round(seconds, 1), "values_compared": numbers(expected), "moments_too_late": 0}
     done = 0
     while done < count:
-        place = folder / f"trial-{done}"
-        trial = disturbed(sweep, place, choose.uniform(0.0, seconds), expected, choose)
+        place, victim = folder / f"trial-{done}", sweep.victims[done % len(sweep.victims)]
+        trial = disturbed(sweep, place, choose.uniform(0.0, seconds), victim, expected)
         if trial is None:
             facts["moments_too_late"] += 1
         else:
