@@ -171,7 +171,8 @@ def _prune(store: Store, given: argparse.Namespace) -> int:
     artifacts = {artifact.key: artifact for artifact in store.artifacts()}
     kept = needed(artifacts, records)
     going = [a for key, a in artifacts.items() if key not in kept and _days(a) >= given.older_than]
-    young = sum(key not in kept for key in artifacts) - len(going)
+    young = [a for key, a in artifacts.items() if key not in kept and _days(a) < given.older_than]
+    future = sum(_days(artifact) < 0 for artifact in young)
     left = leftovers(store) if given.leftovers else {}
     verb = "removed" if given.yes else "would go"
     for artifact in sorted(going, key=lambda a: -a.size):
@@ -185,7 +186,8 @@ def _prune(store: Store, given: argparse.Namespace) -> int:
     freed = sum(a.size for a in going) + sum(left.values())
     print(
         f"{len(records)} record(s) need {len(kept & artifacts.keys())} of {len(artifacts)} artifacts; {verb}: "
-        f"{len(going)} ({_bytes(freed)} with leftovers); too young to go: {young}"
+        f"{len(going)} ({_bytes(freed)} with leftovers); too young to go: {len(young)}"
+        + (f", {future} of them dated in the future (was a clock wrong? --older-than=-DAYS)" if future else "")
         + ("" if given.yes else "; nothing was changed, --yes does it")
     )
     return 0
@@ -218,6 +220,8 @@ def _days(artifact: Artifact) -> float:
 
 def _age(artifact: Artifact) -> str:
     minutes = _days(artifact) * 1440
+    if minutes < -1:
+        return "in the future"  # a clock was, or is, wrong
     for unit, size in (("d", 1440), ("h", 60)):
         if minutes >= size:
             return f"{minutes / size:.1f} {unit}"

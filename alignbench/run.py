@@ -30,7 +30,7 @@ from alignbench.report.table import markdown_table, terminal_table
 from alignbench.report.thresholds import markdown
 from alignbench.report.trajectory import trajectory
 from alignbench.stopping import SIGNALS
-from alignbench.store import Store, versions
+from alignbench.store import Store, explained_disk_errors, versions
 from alignbench.tracking import Tracker
 
 log = logging.getLogger(__name__)
@@ -85,9 +85,10 @@ def execute(composed: DictConfig) -> float:
             tuned_by=tuned_by,
         )
         folder = Path(config.output_dir) / identity
-        path = records.write_record(folder, record)
-        _report(record, folder, console, tracker)
-        _generations(lab, evaluations, folder, tracker)
+        with explained_disk_errors(folder):
+            path = records.write_record(folder, record)
+            _report(record, folder, console, tracker)
+            _generations(lab, evaluations, folder, tracker)
     _say_where(record, path, console)
     reward = record["rows"][outcome.reported]["metrics"].get("reward")
     return 0.0 if reward is None else float(reward["mean"])

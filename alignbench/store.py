@@ -95,7 +95,12 @@ def _disk_error(error: BaseException | None) -> tuple[str, Any] | None:
 
 
 @contextmanager
-def _explained_disk_errors(folder: Path) -> Iterator[None]:
+def explained_disk_errors(folder: Path) -> Iterator[None]:
+    """Turn what a full disk (or quota) says, in whatever words, into a StoreError; other errors pass through.
+
+    Args:
+        folder: Where the enclosed work writes, for errors that do not name their file.
+    """
     try:
         yield
     except Exception as error:
@@ -437,7 +442,7 @@ class Store:
             TypeError: The spec or the cost cannot be written as JSON.
         """
         key = identity.key
-        with _explained_disk_errors(self.root):
+        with explained_disk_errors(self.root):
             artifact, built = self.find(key), False
             if artifact is None:
                 with self._held(key, identity.stage):

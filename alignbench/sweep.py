@@ -23,7 +23,9 @@ import os
 import re
 import secrets
 import shlex
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +45,7 @@ class SweepTable(Callback):
         self._process = 0
         self._jobs: int | None = None
         self._earlier: dict[str, Any] = {}
+        self._kept: list[dict[str, Any]] = []
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Name the multirun; nothing is written before a job has ended."""
@@ -84,8 +87,13 @@ class SweepTable(Callback):
             "graph": _graph(job_return.cfg) if config.plan else None,
         }
         notes = self._folder / "jobs"
-        notes.mkdir(parents=True, exist_ok=True)
-        atomic_write_json(notes / f"{self._token}-{number}.json", note)
+        try:
+            notes.mkdir(parents=True, exist_ok=True)
+            atomic_write_json(notes / f"{self._token}-{number}.json", note)
+        except OSError:
+            if os.getpid() != self._process:
+                raise  # Hydra warns of it in that job's log
+            self._kept.append(note)  # a job that the disk has no room to mention must not be missing in the end
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print and write the table of this multirun."""
@@ -100,23 +108,36 @@ class SweepTable(Callback):
     def _finish(self, *, ended: bool) -> None:
         if self._folder is None:
             return
-        notes = self._take_notes(self._folder / "jobs")
+        from alignbench.errors import StoreError
+        from alignbench.store import explained_disk_errors
+
+        try:
+            with explained_disk_errors(self._folder):
+                self._sum_up(self._folder, ended=ended)
+        except StoreError as error:
+            # Hydra would turn it into a warning and end well
+            print(f"\n{type(error).__name__}: {error}", file=sys.stderr)
+            if ended:
+                sys.exit(2)
+
+    def _sum_up(self, folder: Path, *, ended: bool) -> None:
+        notes = self._take_notes(folder / "jobs")
         graphs = [note["graph"] for note in notes if note["graph"]]
         if graphs:
             _report_plan(graphs)
-            if not any(self._folder.iterdir()):
-                self._folder.rmdir()
+            with suppress(OSError):  # it may be absent, or hold an earlier sweep's files
+                folder.rmdir()
         elif notes:
             missing = 0 if ended else None if self._jobs is None else self._jobs - len(notes)
-            report(notes, self._folder, missing=missing, earlier=self._earlier)
+            report(notes, folder, missing=missing, earlier=self._earlier)
 
     def _take_notes(self, folder: Path) -> list[dict[str, Any]]:
         """This multirun's notes, in the order of its jobs; they are removed, for sweep.json says the same."""
-        notes = []
+        notes, self._kept = self._kept, []
         for path in folder.glob(f"{self._token}-*.json"):
             notes.append(json.loads(path.read_text(encoding="utf-8")))
             path.unlink()
-        if folder.is_dir() and not any(folder.iterdir()):
+        with suppress(OSError):  # the same sweep, started twice, may have its notes there, or have removed it
             folder.rmdir()
         return sorted(notes, key=lambda note: note["number"])
 

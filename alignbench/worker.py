@@ -213,10 +213,11 @@ def _confess(folder: Path, rank: int, error: BaseException) -> None:
     # to the file only: the terminal gets the launching process's words
     with log_file(folder, rank).open("a", encoding="utf-8") as stream:
         stream.write(text)
-    # the clock of all ranks of a machine is one: the earliest failure is the cause, the later ones its echo
+    # the earliest failure is the cause, the later ones its echo; this clock is one for all ranks of a machine and never
+    # jumps; those of other machines tell an echo from a cause by its words
     atomic_write_json(
         failure_file(folder, rank),
-        {"rank": rank, "time": time.time(), "type": kind, "traceback": text, "echo": _is_echo(error), **told},
+        {"rank": rank, "time": time.monotonic(), "type": kind, "traceback": text, "echo": _is_echo(error), **told},
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,29 @@ def test_two_processes_on_one_store_build_every_stage_once(tiny: Run, tmp_path: 
     assert a["cost"]["stages_built_now"] + b["cost"]["stages_built_now"] == len(tiny.labels)
     assert science(a) == science(b) == science(tiny.record)
     assert not list((store / "damaged").iterdir())
+
+
+def test_policies_damaged_between_two_runs_are_set_aside_and_rebuilt(
+    tiny: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cut, a flipped bit, absent: one artifact each, and what was made from them is whole and stays."""
+    store = tiny.copied(tmp_path / "store")
+    damage = {"sft": "190", "prefer reward": "sha256 differs", "prefer reward -> safety": "missing"}
+    files = {label: store / "artifacts" / tiny.key(label) / "policy/model.safetensors" for label in damage}
+    content = bytearray(files["prefer reward"].read_bytes())
+    content[len(content) // 2] ^= 1
+    files["prefer reward"].write_bytes(content)
+    os.truncate(files["sft"], 190)
+    files["prefer reward -> safety"].unlink()
+    with caplog.at_level(logging.WARNING):
+        done = run(store, tmp_path / "out", STATED)
+    assert done.built == list(damage)
+    for label, fault in damage.items():
+        (told,) = [text for text in caplog.messages if f"artifact {tiny.key(label)} is damaged" in text]
+        assert f"policy/model.safetensors: {fault}" in told
+        assert (store / "damaged" / f"{tiny.key(label)}-0").is_dir()
+        assert done.weights(label) == tiny.weights(label)
+    assert science(done.record) == science(tiny.record)
 
 
 # ---------------------------------------------------------------- files

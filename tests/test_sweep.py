@@ -7,13 +7,15 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hydra.core.utils import JobReturn, JobStatus
 from omegaconf import OmegaConf
-from tiny_runs import PATIENCE_S, TINY, TOP, compose, environment
+from tiny_runs import PATIENCE_S, TINY, TOP, compose, environment, science
 
 from alignbench.config import run_id
 from alignbench.errors import DataError
@@ -74,6 +76,49 @@ def test_a_multirun_with_a_failing_job_ends_in_one_table_of_the_others(tmp_path:
     assert names == {"sweep.json", *(f"requested_achieved.{ending}" for ending in ("md", "png", "pdf"))}
     assert (folder / "requested_achieved.png").stat().st_size > 5000
     assert (folder / "requested_achieved.md").read_text().count("\n| dpo_helpful |") == 2
+
+
+@pytest.mark.slow
+def test_the_same_sweep_twice_at_a_time_in_one_folder_and_store(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    assert multirun(tmp_path / "alone", *SWEEP, "constraint.thresholds=[0.1]").returncode == 0
+    found: list[subprocess.CompletedProcess[str]] = []
+    both = tmp_path / "both"
+    both.mkdir()
+    threads = [
+        threading.Thread(target=lambda: found.append(multirun(both, *SWEEP, "constraint.thresholds=[0.1]")))
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    seen = 0
+    while any(thread.is_alive() for thread in threads):
+        for path in both.glob("out/*/*.json"):  # whole at every moment, whoever writes it
+            assert json.loads(path.read_text())
+            seen += 1
+        time.sleep(0.01)
+    assert seen
+    assert [done.returncode for done in found] == [0, 0], [done.stderr for done in found]
+    for done in found:
+        assert "sweep: 2 run(s) finished, 0 failed" in done.stdout
+        assert done.stdout.count(TITLE) == 1
+        assert "raised" not in done.stderr  # Hydra's warning of a callback's error
+    folder, summary = written(both)
+    alone, expected = written(tmp_path / "alone")
+    assert summary["complete"]
+    assert summary["runs"] == expected["runs"]
+    # neither has left notes or temporary files
+    assert {path.name for path in folder.iterdir()} == {path.name for path in alone.iterdir()}
+    assert not list(both.rglob(".*.tmp"))
+    for path in (tmp_path / "alone").glob("out/*/record.json"):
+        twin = both / path.relative_to(tmp_path / "alone")
+        assert science(read_json(twin)) == science(read_json(path))
+        for name in ("table.md", "generations.jsonl", "trade_off.png"):
+            assert twin.with_name(name).read_bytes() == path.with_name(name).read_bytes()
+    for name in ("requested_achieved.md", "requested_achieved.png"):
+        assert (folder / name).read_bytes() == (alone / name).read_bytes()
+    assert not list((both / "store/damaged").iterdir())
+    assert not list((both / "store/building").iterdir())
 
 
 def test_a_planned_multirun_leaves_no_table(tmp_path: Path) -> None:

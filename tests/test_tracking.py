@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import shutil
 import struct
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -266,6 +269,30 @@ def test_a_folder_that_wandb_cannot_write_to_costs_no_result(
     assert science(done.record) == science(tiny.record)
     assert len(warnings_of(caplog)) <= 1
     assert wandb.run is None
+
+
+@pytest.fixture
+def read_only(tiny: Run, tmp_path: Path) -> Iterator[Path]:
+    """A folder of runs in which W&B's own is a file system that takes no writes, root's neither."""
+    folder = tmp_path / "out" / tiny.folder.name / "wandb"
+    folder.mkdir(parents=True)
+    if os.geteuid() != 0 or shutil.which("mount") is None:
+        pytest.skip("mounting a read-only file system needs root and mount")
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(folder)], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"nothing can be mounted here: {done.stderr.strip()}")
+    with pytest.raises(OSError, match="Read-only"):
+        (folder / "probe").touch()
+    yield tmp_path / "out"
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_read_only_wandb_folder_costs_no_result(tiny: Run, read_only: Path, caplog: pytest.LogCaptureFixture) -> None:
+    done = run(tiny.store, read_only, STATED, OFFLINE)
+    assert science(done.record) == science(tiny.record)
+    assert len(warnings_of(caplog)) <= 1
+    assert wandb.run is None
+    assert not list((done.folder / "wandb").iterdir())
 
 
 def test_an_import_that_fails_costs_one_warning(

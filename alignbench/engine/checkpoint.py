@@ -62,11 +62,11 @@ class Checkpoints:
             )
         except (OSError, RuntimeError) as error:
             full = shutil.disk_usage(self._folder).free < 1 << 22
-            if group.keeper():
-                self._discard(tag)  # half a checkpoint must not keep a full disk full
+            self._discard(tag)  # half a checkpoint must not keep a full disk full, whichever rank met its end
             if isinstance(error, OSError) or not (full or any(text in str(error).lower() for text in _WRITE_FAULTS)):
                 raise
-            raise OSError(errno.ENOSPC, "no space left for a checkpoint", str(self._folder)) from error
+            # the system's own words: of a rank's error only the text reaches the process that explains it
+            raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)} for a checkpoint", str(self._folder)) from error
         group.barrier()
         if group.keeper():
             self._complete(tag, step)
@@ -124,6 +124,12 @@ class Checkpoints:
         if self._sizes(found["tag"]) != found.get("files"):
             return None, f"files of the checkpoint {found['tag']} are cut or absent"
         return found, ""
+
+    def kept(self) -> int | None:
+        """The step that a repeated run would go on from."""
+        marker = self._folder / _MARKER
+        found = read_json(marker) if marker.exists() else {}
+        return int(found["step"]) if found.get("layout") == asdict(self._layout) else None
 
     def _sizes(self, tag: str) -> dict[str, int]:
         return {path.name: path.stat().st_size for path in sorted((self._folder / tag).glob("*"))}

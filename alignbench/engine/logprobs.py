@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from alignbench.engine import group
 from alignbench.engine.batching import Row, collate, length_sorted
+from alignbench.errors import InvariantError
 
 
 class LogProbPolicy(nn.Module):
@@ -60,6 +61,9 @@ def sequence_logprobs(
 
     Returns:
         float64 array of shape (len(rows),), in the order of `rows`.
+
+    Raises:
+        InvariantError: one of them is not finite.
     """
     scorer = LogProbPolicy(policy)
 
@@ -70,7 +74,16 @@ def sequence_logprobs(
         return found
 
     with torch.inference_mode(), progress(len(rows), label, "seq") as bar:
-        return np.array(group.spread(length_sorted(rows, batch, group.world()), score), dtype=np.float64)
+        found = np.array(group.spread(length_sorted(rows, batch, group.world()), score), dtype=np.float64)
+    bad = np.flatnonzero(~np.isfinite(found))
+    if len(bad):  # cached, such a number would spoil whatever trains or is measured against it
+        raise InvariantError(
+            f"{len(bad)} of {len(found)} log-probs are not finite (the first is {found[bad[0]]})",
+            where=f"{label}, sequences (from 0): {bad[:16].tolist()}",
+            mend="the policy's weights have diverged or are damaged: look at the training that made it, lower its "
+            "learning rate, or use another policy",
+        )
+    return found
 
 
 def progress(total: int, label: str, unit: str) -> tqdm:

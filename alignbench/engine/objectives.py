@@ -17,7 +17,7 @@ from typing_extensions import override
 
 from alignbench import losses
 from alignbench.engine.batching import Row
-from alignbench.errors import ConfigError
+from alignbench.errors import ConfigError, InvariantError
 
 LogProbFunction = Callable[[Sequence[Row]], torch.Tensor]
 
@@ -110,6 +110,7 @@ class PairObjective(Objective):
     Raises:
         ConfigError: on construction, for soft labels or an offset with another loss than DPO, of another length than
             the examples, or with values that are no probabilities or not finite.
+        InvariantError: on construction, if a reference log-prob is not finite.
     """
 
     chosen: list[Row]
@@ -121,6 +122,7 @@ class PairObjective(Objective):
     offset: np.ndarray | None = None
 
     def __post_init__(self) -> None:
+        _refuse_broken(self.name, self.reference)
         for what, values, low, high in (
             ("wrong (soft labels)", self.wrong, 0.0, 1.0),
             ("offset", self.offset, -np.inf, np.inf),
@@ -204,6 +206,9 @@ class KtoObjective(Objective):
         beta: KL weight of this stage.
         undesirable_weight: Weight of undesirable examples; the released SACPO code takes
             n_desirable / n_undesirable.
+
+    Raises:
+        InvariantError: on construction, if a reference log-prob is not finite.
     """
 
     examples: list[Row]
@@ -214,6 +219,10 @@ class KtoObjective(Objective):
     beta: float
     undesirable_weight: float = 1.0
     name: str = "kto"
+
+    def __post_init__(self) -> None:
+        _refuse_broken(self.name, self.reference)
+        _refuse_broken(self.name, self.mismatched_reference)
 
     @override
     def __len__(self) -> int:
@@ -248,6 +257,17 @@ class KtoObjective(Objective):
             "accuracy": ((reward - self.beta * context.kl) * sign > 0).float(),
             "kl_estimate": torch.full_like(reward, context.kl),
         }
+
+
+def _refuse_broken(name: str, reference: np.ndarray) -> None:
+    """Refuse cached log-probs that would make a loss NaN in some later step."""
+    bad = np.flatnonzero(~np.isfinite(reference).reshape(len(reference), -1).all(1))
+    if len(bad):
+        raise InvariantError(
+            f"{len(bad)} of {len(reference)} examples have a reference log-prob that is not finite",
+            where=f"{name}, training rows (from 0): {bad[:16].tolist()}",
+            mend="the reference policy's weights have diverged or are damaged: use another one, or train it anew",
+        )
 
 
 def _like(values: np.ndarray, tensor: torch.Tensor) -> torch.Tensor:

@@ -94,7 +94,8 @@ def train(job: TrainJob, cost: dict[str, float], on_metrics: OnMetrics) -> Train
         The log of every step and of every validation. The trained weights are in `job.policy`.
 
     Raises:
-        InvariantError: the policy starts at its reference but its loss does not; or a loss is not finite.
+        InvariantError: the policy starts at its reference but its loss does not; or a loss, a gradient or a weight is
+            not finite. No checkpoint is made of such weights, and all ranks raise the same error.
     """
     device = device_of(job.hardware)
     join_process_group(job.hardware)
@@ -192,14 +193,16 @@ class _Loop:
                 metrics, step_tokens = self._step(step)
                 tokens += step_tokens
                 asked = metrics.pop("asked") > 0
+                saves = asked or ((step + 1) % job.hardware.checkpoint_every == 0 and step + 1 < self.steps)
+                if saves or self._validates(step + 1) or step + 1 == self.steps:
+                    self._refuse_broken_weights(step)
                 if self._validates(step + 1):
                     metrics.update(self.validate())
                 result.log.append({"step": float(step + 1), **metrics})
                 on_metrics(step + 1, metrics)
                 bar.update(self.batch_size)
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
-                due = (step + 1) % job.hardware.checkpoint_every == 0 and step + 1 < self.steps
-                if due or asked:
+                if saves:
                     seconds = earlier_seconds + time.perf_counter() - started
                     state = {"log": result.log, "tokens": tokens, "seconds": seconds}
                     self.checkpoints.save(self.engine, step + 1, state)
@@ -227,33 +230,60 @@ class _Loop:
         parts = parts[group.rank() :: group.world()]
         # all ranks must agree when to save, and this is where they talk
         sums: dict[str, float] = {"tokens": 0.0, "asked": float(self.job.requests.pending())}
+        broken: list[int] = []
         norm: Any = None
         for part in parts:
             rows = [objective.rows(i) for i in part]
             sums["tokens"] += sum(len(row.ids) for example in rows for row in example)
             logprobs = self._logprobs(rows)
             values, metrics = objective.loss(logprobs, part, context)
+            broken += part[~torch.isfinite(values.detach()).cpu().numpy()].tolist()
             # DeepSpeed divides by the number of micro-batches and of ranks; the denominator is the global batch's
             self.engine.backward(values.sum() / denominator * len(parts) * group.world())
             if self.engine.is_gradient_accumulation_boundary() and self.engine.zero_optimization_stage() == 0:
                 # without ZeRO DeepSpeed clips but does not tell the norm
                 norm = float(torch.nn.utils.get_total_norm(p.grad for p in self.trainable if p.grad is not None))
-            self.engine.step()
+            if norm is None or math.isfinite(norm):  # ZeRO 1-3 leave out such a step by themselves
+                self.engine.step()
             _add(sums, {"loss": values.detach()}, 1 / denominator)
             _add(sums, metrics, 1 / len(indices))
         sums = group.summed(sums)
         tokens = int(sums.pop("tokens"))
         norm = norm or self.engine.get_global_grad_norm()
-        if norm is not None and math.isfinite(float(norm)):
+        if norm is not None:
             sums["grad_norm"] = float(norm)
         sums["learning_rate"] = float(self.job.settings.learning_rate * self._schedule(step))
-        if not math.isfinite(sums["loss"]):
-            raise InvariantError(
-                f"the loss of optimiser step {step + 1} is {sums['loss']}",
-                where=f"{objective.name}, examples {indices[:8].tolist()}...",
-                mend="lower the learning rate; the last complete checkpoint before it is kept",
-            )
+        # both are the same on every rank, and so is the error
+        for what, value in (("loss", sums["loss"]), ("gradient norm", sums.get("grad_norm", 0.0))):
+            if not math.isfinite(value):
+                raise self._divergence(step, f"the {what} of optimiser step {step + 1} is {value}", broken)
         return sums, tokens
+
+    def _divergence(self, step: int, what: str, broken: list[int]) -> InvariantError:
+        """The error of a step whose numbers are not finite; every rank must ask for it."""
+        bad = sorted({int(i) for part in group.gather(broken) for i in part})
+        examples = self.order[step]
+        shown = ", ".join(map(str, (bad or examples.tolist())[:16])) + (", ..." if len(bad or examples) > 16 else "")
+        whose = f"the loss of {len(bad)} is not finite" if bad else "every single loss is finite, what follows is not"
+        kept = self.checkpoints.kept()
+        last = "there is no checkpoint" if kept is None else f"the checkpoint of step {kept} is kept"
+        return InvariantError(
+            what,
+            where=f"{self.job.objective.name}, its {len(examples)} examples: {whose} (training rows, from 0: {shown})",
+            mend=f"lower the learning rate, set max_grad_norm, or look at these examples; {last}",
+        )
+
+    def _refuse_broken_weights(self, step: int) -> None:
+        """Stop before a checkpoint, a validation or a result is made of weights that are not finite."""
+        found = {"broken": 0.0}
+        for parameter in self.trainable:
+            own = getattr(parameter, "ds_tensor", parameter)  # ZeRO-3: this rank's part
+            if getattr(getattr(own, "status", None), "name", "AVAILABLE") == "AVAILABLE":  # not one on an NVMe disk
+                found["broken"] += float(not bool(torch.isfinite(own.detach()).all()))
+        count = int(group.summed(found)["broken"])
+        if count:
+            what = f"{count} weight tensors are not finite after optimiser step {step + 1}"
+            raise self._divergence(step, what, [])
 
     def _logprobs(self, rows: list[tuple[Row, ...]]) -> torch.Tensor:
         """Log-probs of shape (examples, rows per example), in one forward pass."""
@@ -292,7 +322,14 @@ class _Loop:
         """Validation metrics, prefixed; the training order and its random numbers are not touched."""
         assert self.job.validation is not None
         everything = np.arange(len(self.job.validation))
-        metrics, _ = self._evaluate(self.job.validation, everything)
+        metrics, losses = self._evaluate(self.job.validation, everything)
+        if not np.isfinite(losses).all():
+            bad = np.flatnonzero(~np.isfinite(losses))
+            raise InvariantError(
+                f"the validation loss is {metrics['loss']}",
+                where=f"{self.job.validation.name}, {len(bad)} of {len(losses)} validation rows (from 0): {bad[:16]}",
+                mend="lower the learning rate, or look at these examples",
+            )
         return {f"validation_{name}": value for name, value in metrics.items()}
 
     def _check_step0(self) -> None:
