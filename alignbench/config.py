@@ -159,8 +159,12 @@ class HardwareConfig:
     share_node: bool = False
     zero_stage: int = MISSING
     offload: str = "none"
+    attention: str = MISSING
     micro_batch: int = MISSING
+    micro_tokens: int = MISSING
     eval_batch: int = MISSING
+    eval_tokens: int = MISSING
+    logits_mib: int = MISSING
     generation_batch: int = MISSING
     activation_checkpointing: bool = False
     threads: int = 0
@@ -215,6 +219,17 @@ class Config:
 # tracking mode name the same run.
 _OUTSIDE_RUN_ID = ("hydra", "plan", "output_dir", "store_dir", "tracking", "tuned_by")
 _HARDWARE_IN_RUN_ID = ("dtype",)
+_HARDWARE_COUNTS = (
+    *("processes", "micro_batch", "micro_tokens", "eval_batch", "eval_tokens"),
+    *("logits_mib", "generation_batch", "checkpoint_every"),
+)
+_HARDWARE_CHOICES: dict[str, tuple[Any, ...]] = {
+    "zero_stage": (0, 1, 2, 3),
+    "dtype": ("fp32", "bf16"),
+    "device": ("cpu", "cuda"),
+    "offload": ("none", "cpu"),
+    "attention": ("auto", "padded", "packed_sdpa", "packed_flex"),
+}
 # What the embedded world scores and labels besides the reward.
 WORLD_UTILITIES = ("safety", "politeness")
 # Bytes, end and pad: a byte-level BPE has no smaller vocabulary.
@@ -544,21 +559,16 @@ def _check_built(model: ModelConfig, where: str) -> None:
 
 
 def _check_hardware(hardware: HardwareConfig) -> None:
-    if hardware.zero_stage not in (0, 1, 2, 3):
-        raise _unknown("hardware.zero_stage", hardware.zero_stage, ("0", "1", "2", "3"))
-    if hardware.dtype not in ("fp32", "bf16"):
-        raise _unknown("hardware.dtype", hardware.dtype, ("fp32", "bf16"))
-    if hardware.device not in ("cpu", "cuda"):
-        raise _unknown("hardware.device", hardware.device, ("cpu", "cuda"))
-    if hardware.offload not in ("none", "cpu"):
-        raise _unknown("hardware.offload", hardware.offload, ("none", "cpu"))
+    for name, known in _HARDWARE_CHOICES.items():
+        if getattr(hardware, name) not in known:
+            raise _unknown(f"hardware.{name}", getattr(hardware, name), tuple(map(str, known)))
     if hardware.offload == "cpu" and (hardware.zero_stage == 0 or hardware.device == "cpu"):
         raise ConfigError(
             "offload=cpu moves ZeRO's optimizer state off a GPU: it needs device=cuda and zero_stage 1, 2 or 3",
             where="hardware.offload",
             mend="hardware.offload=none, or hardware=gpu_zero3",
         )
-    for name in ("processes", "micro_batch", "eval_batch", "generation_batch", "checkpoint_every"):
+    for name in _HARDWARE_COUNTS:
         if getattr(hardware, name) < 1:
             raise ConfigError(f"hardware.{name} must be at least 1", where=f"hardware.{name}", mend="raise it")
     no_memory = hardware.memory_gib is not None and hardware.memory_gib <= 0
