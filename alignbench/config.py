@@ -219,17 +219,7 @@ class Config:
 # tracking mode name the same run.
 _OUTSIDE_RUN_ID = ("hydra", "plan", "output_dir", "store_dir", "tracking", "tuned_by")
 _HARDWARE_IN_RUN_ID = ("dtype",)
-_HARDWARE_COUNTS = (
-    *("processes", "micro_batch", "micro_tokens", "eval_batch", "eval_tokens"),
-    *("logits_mib", "generation_batch", "checkpoint_every"),
-)
-_HARDWARE_CHOICES: dict[str, tuple[Any, ...]] = {
-    "zero_stage": (0, 1, 2, 3),
-    "dtype": ("fp32", "bf16"),
-    "device": ("cpu", "cuda"),
-    "offload": ("none", "cpu"),
-    "attention": ("auto", "padded", "packed_sdpa", "packed_flex"),
-}
+_COUNTS = "processes micro_batch micro_tokens eval_batch eval_tokens logits_mib generation_batch checkpoint_every"
 # What the embedded world scores and labels besides the reward.
 WORLD_UTILITIES = ("safety", "politeness")
 # Bytes, end and pad: a byte-level BPE has no smaller vocabulary.
@@ -559,16 +549,16 @@ def _check_built(model: ModelConfig, where: str) -> None:
 
 
 def _check_hardware(hardware: HardwareConfig) -> None:
-    for name, known in _HARDWARE_CHOICES.items():
-        if getattr(hardware, name) not in known:
-            raise _unknown(f"hardware.{name}", getattr(hardware, name), tuple(map(str, known)))
+    choices = {"zero_stage": "0 1 2 3", "dtype": "fp32 bf16", "device": "cpu cuda", "offload": "none cpu"}
+    for name, known in (choices | {"attention": "auto padded packed_sdpa packed_flex"}).items():
+        if str(getattr(hardware, name)) not in known.split():
+            raise _unknown(f"hardware.{name}", getattr(hardware, name), tuple(known.split()))
     if hardware.offload == "cpu" and (hardware.zero_stage == 0 or hardware.device == "cpu"):
-        raise ConfigError(
-            "offload=cpu moves ZeRO's optimizer state off a GPU: it needs device=cuda and zero_stage 1, 2 or 3",
-            where="hardware.offload",
-            mend="hardware.offload=none, or hardware=gpu_zero3",
-        )
-    for name in _HARDWARE_COUNTS:
+        what = "offload=cpu moves ZeRO's optimizer state off a GPU: it needs device=cuda and zero_stage 1, 2 or 3"
+        raise ConfigError(what, where="hardware.offload", mend="hardware.offload=none, or hardware=gpu_zero3")
+    if hardware.attention == "packed_flex" and hardware.device == "cpu":
+        raise ConfigError("FlexAttention trains on a GPU only", where="hardware.attention", mend="packed_sdpa, or auto")
+    for name in _COUNTS.split():
         if getattr(hardware, name) < 1:
             raise ConfigError(f"hardware.{name} must be at least 1", where=f"hardware.{name}", mend="raise it")
     no_memory = hardware.memory_gib is not None and hardware.memory_gib <= 0

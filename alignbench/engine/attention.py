@@ -95,8 +95,8 @@ class Packing:
 
     def to(self, device: torch.device) -> Packing:
         """The same packing with its tensors on `device`."""
-        tensors = (x.to(device, non_blocking=True) for x in (self.group, self.owner, self.position))
-        return Packing(self.clusters, *tensors)
+        group, owner, position = (x.to(device, non_blocking=True) for x in (self.group, self.owner, self.position))
+        return Packing(self.clusters, group, owner, position)
 
     def masks(self, window: int | None) -> list[torch.Tensor | None]:
         """A mask per cluster, made once per pass and shared by all layers."""
@@ -109,8 +109,9 @@ class Packing:
         group, owner, position = self.group, self.owner, self.position
 
         def mod(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
-            places = ((i, owner[i], position[i]) for i in (query, key))
-            return _sees(*places, window) & (group[query] == group[key])
+            seeing, seen = ((i, owner[i], position[i]) for i in (query, key))
+            found: torch.Tensor = _sees(seeing, seen, window) & (group[query] == group[key])
+            return found
 
         return mod
 

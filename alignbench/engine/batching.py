@@ -87,7 +87,7 @@ def micro_batches(sizes: Sequence[int], *, most: int, tokens: int, ranks: int, p
     """
     longest_first = np.argsort(-np.asarray(sizes), kind="stable")
     fewest = max(-(-len(sizes) // most), 1 if padded else -(-sum(sizes) // tokens))
-    for count in range(-(-fewest // ranks) * ranks, len(sizes) + 1, ranks):
+    for count in range(-(-min(fewest, len(sizes)) // ranks) * ranks, len(sizes) + 1, ranks):
         if padded:
             parts = np.array_split(longest_first, count)
             loads = [len(part) * sizes[part[0]] for part in parts]

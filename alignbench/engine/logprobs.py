@@ -47,7 +47,8 @@ class LogProbPolicy(nn.Module):
     @property
     def _plain(self) -> Any:
         """The transformers model itself; adapters sit inside its layers."""
-        return self.policy.get_base_model() if hasattr(self.policy, "get_base_model") else self.policy
+        policy: Any = self.policy
+        return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
 
     def forward(self, work: Pass) -> torch.Tensor:
         """Sum of log pi(token) over response tokens.

@@ -43,7 +43,7 @@ class Pass:
     def to(self, device: torch.device) -> Pass:
         """The same pass on `device`."""
         moved = {
-            name: value.to(device, non_blocking=True)  # type: ignore[call-arg]
+            name: value.to(device, non_blocking=True)
             for name in ("input_ids", "position_ids", "attention_mask", "index", "targets", "owner")
             if (value := getattr(self, name)) is not None
         }
@@ -84,7 +84,9 @@ def shared_prompts(rows: Sequence[Row]) -> list[list[int]]:
 
 def shared_tokens(rows: Sequence[Row]) -> int:
     """Tokens of `rows` in a packed row: every prompt once."""
-    return sum(rows[group[0]].prompt_length + sum(rows[i].response_length for i in group) for group in shared_prompts(rows))
+    return sum(
+        rows[group[0]].prompt_length + sum(rows[i].response_length for i in group) for group in shared_prompts(rows)
+    )
 
 
 def _packed(rows: Sequence[Row], pad_id: int, multiple: int) -> Pass:

@@ -215,7 +215,9 @@ class _Loop:
         denominator = float(objective.weights(indices).sum())
         context = objective.context(indices, self._frozen_logprobs)
         examples = [objective.rows(i) for i in indices]
-        sizes = [max(len(row.ids) for row in rows) if self.attention == PADDED else shared_tokens(rows) for rows in examples]
+        sizes = [
+            max(len(row.ids) for row in rows) if self.attention == PADDED else shared_tokens(rows) for rows in examples
+        ]
         parts = batching.micro_batches(
             sizes,
             most=self.job.hardware.micro_batch,
@@ -256,6 +258,17 @@ class _Loop:
                 mend="lower the learning rate; the last complete checkpoint before it is kept",
             )
         return sums, tokens
+
+    def _micro_batches(self, examples: Sequence[Sequence[Row]]) -> list[np.ndarray]:
+        """A step's examples by micro-batch; a multiple of the ranks, neighbours of like size."""
+        hardware, padded = self.job.hardware, self.attention == PADDED
+        if padded:  # to the longest row, times the rows of an example
+            sizes = [max(len(row.ids) for row in rows) * len(rows) for rows in examples]
+        else:
+            sizes = [shared_tokens(rows) for rows in examples]
+        return batching.micro_batches(
+            sizes, most=hardware.micro_batch, tokens=hardware.micro_tokens, ranks=group.world(), padded=padded
+        )
 
     def _frozen_logprobs(self, rows: Sequence[Row]) -> torch.Tensor:
         """Log-probs without gradients and without dropout, in the order of `rows`."""
