@@ -2,9 +2,9 @@
 
     python tests/benchmarks/bench_training.py [--rounds 3] [--trl-python /path/to/python] [--former /path/to/checkout]
 
-writes tests/benchmarks/results/training.json. Every run is a process of its own (its peak memory is then its own), in turn
-with the others; medians over rounds. All runs train the same 6.8M-parameter Llama (random weights, fp32) with DPO on the
-same pairs in the same order, with the same reference, and must agree in the first step's loss. Besides wall-clock rates
+writes tests/benchmarks/results/training.json. Every run is a process of its own (so is its peak memory), in turn with
+the others; medians over rounds. All runs train the same 6.8M-parameter Llama (random weights, fp32) with DPO on the same
+pairs in the same order, with the same reference, and must agree in the first step's loss. Besides wall-clock rates
 there are rates per second of processor time: other work on a shared machine moves those much less.
 
 TRL is no requirement of this project, and is kept apart in an environment that sees this one's packages:
@@ -35,7 +35,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
 RESULTS = HERE.parent / "results/training.json"
-PAIRS, BATCH, WARM_UP, BETA, VOCABULARY = 48, 8, 1, 0.1, 8192
+BATCH, WARM_UP, BETA, VOCABULARY = 8, 1, 0.1, 8192
 LENGTHS = {
     # prompt, response: (kind, ...) with the mean and the spread of a log-normal, or bounds of a uniform
     "pku": (("lognormal", 25, 0.5, 4, 100), ("lognormal", 100, 0.7, 4, 480)),
@@ -45,7 +45,7 @@ LENGTHS = {
 ENGINES = ("packed", "padded", "former", "trl_default", "trl_no_checkpointing", "trl_best")
 
 
-def pairs(lengths):
+def pairs(lengths, count):
     """(prompt, chosen, rejected) token ids of every pair; a function of the lengths' name alone."""
     import numpy as np
 
@@ -61,7 +61,7 @@ def pairs(lengths):
         return rng.integers(2, VOCABULARY, count).tolist()
 
     prompt, response = LENGTHS[lengths]
-    return [(ids(draw(*prompt)), ids(draw(*response)), ids(draw(*response))) for _ in range(PAIRS)]
+    return [(ids(draw(*prompt)), ids(draw(*response)), ids(draw(*response))) for _ in range(count)]
 
 
 def model(seed):
@@ -234,13 +234,13 @@ def child(spec):
     logging.disable(logging.WARNING)
     torch.set_num_threads(spec["threads"])
     folder = Path(spec["folder"])
-    data = pairs(spec["lengths"])
+    data = pairs(spec["lengths"], spec["pairs"])
     if spec["engine"] == "reference":
         reference_logprobs(data, folder)
         return {}
     # the engine's own order of examples, for all
     rng = np.random.default_rng([3, 0x0DE2])
-    order = rng.permutation(PAIRS).tolist()
+    order = rng.permutation(len(data)).tolist()
     reference = json.loads((folder / "reference.json").read_text())
     with tempfile.TemporaryDirectory() as work:
         if spec["engine"].startswith("trl"):
@@ -263,7 +263,7 @@ def measure(engines, lengths, options):
     """Medians of every engine on one kind of lengths, and ratios to `packed`."""
     runs = {name: [] for name in engines}
     with tempfile.TemporaryDirectory() as folder:
-        base = {"lengths": lengths, "folder": folder, "threads": options.threads}
+        base = {"lengths": lengths, "folder": folder, "threads": options.threads, "pairs": options.pairs}
         run(sys.executable, engine="reference", **base)
         for _ in range(options.rounds):
             for name in engines:
@@ -279,9 +279,7 @@ def measure(engines, lengths, options):
             rate: statistics.median(a[rate] / b[rate] for a, b in zip(runs["packed"], runs[name], strict=True))
             for rate in ("pairs_per_second", "pairs_per_cpu_second")
         }
-        | {
-            "peak_rss": found["packed"]["peak_rss_bytes"] / found[name]["peak_rss_bytes"],
-        }
+        | {"peak_rss": found["packed"]["peak_rss_bytes"] / found[name]["peak_rss_bytes"]}
         for name in engines
         if name != "packed"
     }
@@ -292,6 +290,7 @@ def main():
     """Run everything and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=48)
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--lengths", nargs="*", default=list(LENGTHS), choices=list(LENGTHS))
     parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
@@ -309,16 +308,18 @@ def main():
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU",
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
-        "pairs": PAIRS,
+        "pairs": options.pairs,
         "pairs_per_step": BATCH,
         "rounds": options.rounds,
         "threads": options.threads,
-        "lengths": {lengths: measure(engines, lengths, options) for lengths in options.lengths},
+        "lengths": {},
     }
     if options.trl_python:
         ask = "import importlib.metadata as m; print(m.version('trl'))"
         found["versions"]["trl"] = subprocess.check_output([options.trl_python, "-c", ask], text=True).strip()
-    options.out.write_text(json.dumps(found, indent=2) + "\n")
+    for lengths in options.lengths:
+        found["lengths"][lengths] = measure(engines, lengths, options)
+        options.out.write_text(json.dumps(found, indent=2) + "\n")
 
 
 if __name__ == "__main__":
