@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from alignbench.engine.attention import FAMILIES, PADDED, attention_of, unused_m
 from alignbench.engine.batching import Row, forward_passes
 from alignbench.engine.packing import Pass, prepare
 
+log = logging.getLogger(__name__)
 # Elements of the logits that are worked on at a time: their fp32 copies then stay in the processor's cache.
 _BLOCK = 1 << 20
 # Families whose output head is known, with what they put behind it (`head_logprobs`), and tested. Others' logits are
@@ -169,6 +171,7 @@ def sequence_logprobs(
         float64 array of shape (len(rows),), in the order of `rows`.
     """
     scorer = LogProbPolicy(policy, hardware)
+    log.info("%s: rows are %s", label, scorer.attention)
     with progress(len(rows), label, "seq") as bar, torch.inference_mode():
         return frozen_logprobs(scorer, scorer.attention, rows, pad_id, hardware, device, bar)
 

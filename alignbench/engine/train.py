@@ -117,6 +117,7 @@ class _Loop:
             )
         self.attention = attention_of(job.hardware, job.policy)
         self.positions = 0.0
+        log.info("%s: rows are %s", job.objective.name, self.attention)
         torch.manual_seed(job.seed + group.rank())  # dropout, if the model has any
         self.engine = self._initialise()
         layout = Layout(

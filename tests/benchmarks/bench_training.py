@@ -3,9 +3,9 @@
     python tests/benchmarks/bench_training.py [--rounds 3] [--trl-python /path/to/python] [--former /path/to/checkout]
 
 writes tests/benchmarks/results/training.json. Every run is a process of its own, and so is its peak memory, in turn
-with the others; medians over rounds. All runs train the same 6.8M-parameter Llama (random weights, fp32) with DPO on the same
-pairs in the same order, with the same reference, and must agree in the first step's loss. Besides wall-clock rates
-there are rates per second of processor time: other work on a shared machine moves those much less.
+with the others; medians over rounds. All runs train the same 6.8M-parameter Llama (random weights, fp32) with DPO on
+the same pairs in the same order, with the same reference, and must agree in the first step's loss. Besides wall-clock
+rates there are rates per second of processor time: other work on a shared machine moves those much less.
 
 TRL is no requirement of this project, and is kept apart in an environment that sees this one's packages:
 
