@@ -14,7 +14,12 @@ _CHOICES = {
     "device": ("cpu", "cuda"),
     "offload": ("none", "cpu", "nvme"),
     "launcher": ("torchrun", "deepspeed"),
+    "attention": ("auto", "padded", "packed_sdpa", "packed_flex"),
 }
+_COUNTS = (
+    *("processes", "nodes", "micro_batch", "micro_tokens", "eval_batch", "eval_tokens", "logits_mib"),
+    *("generation_batch", "checkpoint_every"),
+)
 
 
 @dataclass
@@ -33,8 +38,12 @@ class HardwareConfig:
     zero_stage: int = MISSING
     offload: str = "none"
     nvme_path: str | None = None
+    attention: str = MISSING
     micro_batch: int = MISSING
+    micro_tokens: int = MISSING
     eval_batch: int = MISSING
+    eval_tokens: int = MISSING
+    logits_mib: int = MISSING
     generation_batch: int = MISSING
     activation_checkpointing: bool = False
     threads: int = 0
@@ -57,7 +66,9 @@ def check_hardware(hardware: HardwareConfig) -> None:
                 mend=f"one of: {', '.join(map(str, known))}",
             )
     _check_offload(hardware)
-    for name in ("processes", "nodes", "micro_batch", "eval_batch", "generation_batch", "checkpoint_every"):
+    if hardware.attention == "packed_flex" and hardware.device == "cpu":
+        raise ConfigError("FlexAttention trains on a GPU only", where="hardware.attention", mend="packed_sdpa, or auto")
+    for name in _COUNTS:
         if getattr(hardware, name) < 1:
             raise ConfigError(f"hardware.{name} must be at least 1", where=f"hardware.{name}", mend="raise it")
     no_memory = hardware.memory_gib is not None and hardware.memory_gib <= 0

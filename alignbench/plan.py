@@ -58,12 +58,12 @@ def memory_limit(hardware: HardwareConfig) -> float:
 
 _LOWER = {
     "sample": "lower hardware.generation_batch",
-    "logprobs": "lower hardware.eval_batch",
+    "logprobs": "lower hardware.eval_batch or hardware.eval_tokens",
     "merge": "take a smaller model",
 }
 _LOWER_TRAINING = (
-    "lower hardware.micro_batch, set hardware.activation_checkpointing=true, train adapters (model.lora.rank), "
-    "or choose hardware=gpu_zero3"
+    "lower hardware.micro_batch or hardware.micro_tokens, set hardware.activation_checkpointing=true, train adapters "
+    "(model.lora.rank), or choose hardware=gpu_zero3"
 )
 
 

@@ -92,8 +92,12 @@ def hardware(**changes):
         "device": "cpu",
         "dtype": "fp32",
         "zero_stage": 0,
+        "attention": "auto",
         "micro_batch": 4,
+        "micro_tokens": 4096,
         "eval_batch": 6,
+        "eval_tokens": 4096,
+        "logits_mib": 64,
         "generation_batch": 8,
         "threads": 1,
         "checkpoint_every": 1000,
@@ -136,8 +140,9 @@ def pair_rows(count, seed):
     return chosen, rejected
 
 
-def logprobs(model, sequences, pad_id=PAD, batch=5):
-    return sequence_logprobs(model, sequences, pad_id=pad_id, batch=batch, device=CPU, label="test")
+def logprobs(model, sequences, pad_id=PAD, batch=5, **changes):
+    machine = hardware(eval_batch=batch, **changes)
+    return sequence_logprobs(model, sequences, pad_id=pad_id, hardware=machine, device=CPU, label="test")
 
 
 def sft(count=16, seed=0, **lengths):

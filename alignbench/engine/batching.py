@@ -69,19 +69,75 @@ def example_order(examples: int, steps: int, batch_size: int, seed: int) -> np.n
     return np.concatenate(epochs)[:needed].reshape(steps, batch_size)
 
 
-def micro_batches(indices: np.ndarray, micro_batch: int) -> list[np.ndarray]:
-    """Split one step's examples into equal micro-batches.
+def micro_batches(sizes: Sequence[int], *, most: int, tokens: int, ranks: int, padded: bool) -> list[np.ndarray]:
+    """Divide one step's examples into micro-batches: as few as the bounds allow, and of like sizes.
 
-    `micro_batch` is lowered to the largest divisor of the batch, so that every micro-batch has the same
-    size and gradient accumulation has the same count at each step.
+    Every rank takes the same number of them (`[rank::ranks]`), because each pass is something that ranks do together;
+    neighbours in the list are of like size. Which micro-batch an example is in changes no sum of the step.
+
+    Args:
+        sizes: Tokens of each example; with `padded`, those of its longest row.
+        most: Most examples in a micro-batch.
+        tokens: Most tokens in one, padding included; an example that is longer than that gets one of its own.
+        ranks: How many processes share the step; it divides the number of examples.
+        padded: Whether rows are padded to the longest of their micro-batch: rows of like length then belong together.
+
+    Returns:
+        Positions of the examples, each in exactly one micro-batch; their number is a multiple of `ranks`.
     """
-    size = fitting_micro_batch(len(indices), micro_batch)
-    return [indices[i : i + size] for i in range(0, len(indices), size)]
+    longest_first = np.argsort(-np.asarray(sizes), kind="stable")
+    fewest = max(-(-len(sizes) // most), 1 if padded else -(-sum(sizes) // tokens))
+    for count in range(-(-min(fewest, len(sizes)) // ranks) * ranks, len(sizes) + 1, ranks):
+        if padded:
+            parts = np.array_split(longest_first, count)
+            loads = [len(part) * sizes[part[0]] for part in parts]
+        else:
+            bins: list[list[int]] = [[] for _ in range(count)]
+            loads = [0] * count
+            for i in longest_first:  # into the least filled one that takes another
+                lightest = min((k for k in range(count) if len(bins[k]) < most), key=loads.__getitem__)
+                bins[lightest].append(int(i))
+                loads[lightest] += sizes[i]
+            order = sorted(range(count), key=lambda k: -loads[k])
+            parts, loads = [np.array(bins[k]) for k in order], [loads[k] for k in order]
+        if max(loads) <= tokens:
+            break
+    return parts
 
 
-def fitting_micro_batch(batch_size: int, micro_batch: int) -> int:
-    """Largest divisor of `batch_size` that is at most `micro_batch`."""
-    return next(size for size in range(min(batch_size, micro_batch), 0, -1) if batch_size % size == 0)
+def forward_passes(rows: Sequence[Row], *, most: int, tokens: int, ranks: int, padded: bool) -> list[list[int]]:
+    """Indices of `rows` by forward pass without gradients; the order is deterministic.
+
+    Padded, rows of like length share a pass; packed, rows of one prompt do, and the prompt is counted once.
+
+    Args:
+        rows: What is to be scored.
+        most: Most sequences in a pass.
+        tokens: Most tokens in one, padding included; a longer row gets a pass of its own.
+        ranks: How many processes share the passes: they are made small enough for each to get one.
+        padded: Which of the two layouts.
+    """
+    prompts = [() if padded else tuple(row.ids[: row.prompt_length]) for row in rows]
+    first: dict[tuple[int, ...], int] = {}
+    for i, prompt in enumerate(prompts):
+        first.setdefault(prompt, i)
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids) if padded else first[prompts[i]], i))
+    most = max(1, min(most, -(-len(rows) // ranks)))
+    passes: list[list[int]] = []
+    load = 0
+    for i in order:
+        size = len(rows[i].ids)
+        if padded:  # ascending: this row is the longest so far
+            grown = size * (len(passes[-1]) + 1 if passes else 1)
+        else:
+            known = bool(passes) and prompts[passes[-1][-1]] == prompts[i]
+            grown = load + (size - rows[i].prompt_length if known else size)
+        if not passes or len(passes[-1]) == most or grown > tokens:
+            passes.append([])
+            grown = size
+        passes[-1].append(i)
+        load = grown
+    return passes
 
 
 class Sequenced(Protocol):

@@ -24,11 +24,13 @@ _WRITE_FAULTS = ("write", "iostream error", "unexpected pos")
 
 @dataclass(frozen=True)
 class Layout:
-    """What a DeepSpeed checkpoint depends on besides the numbers: it can't be read by another layout."""
+    """What a checkpoint, or the bits of what follows it, depends on besides the numbers: another layout starts anew."""
 
     zero_stage: int
     world_size: int
     micro_batch: int
+    micro_tokens: int
+    attention: str
     dtype: str
     device: str
 

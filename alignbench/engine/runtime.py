@@ -73,8 +73,11 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def deepspeed_config(hardware: HardwareConfig, *, micro_batch: int, accumulate: int, clip: float) -> dict[str, Any]:
-    """DeepSpeed's configuration for one training stage."""
+def deepspeed_config(hardware: HardwareConfig, *, clip: float) -> dict[str, Any]:
+    """DeepSpeed's configuration for one training stage.
+
+    How many micro-batches a step has, and how the loss is scaled, is the training loop's own affair.
+    """
     # DeepSpeed 0.19 refuses bf16 with fp32 accumulation and no ZeRO ("unsupported mix"). In a world of one stage 2
     # splits nothing; stage 1 takes another path (BF16_Optimizer), which is slow to set up and prints memory tables
     stage = 2 if hardware.dtype == "bf16" and hardware.zero_stage == 0 else hardware.zero_stage
@@ -87,8 +90,9 @@ def deepspeed_config(hardware: HardwareConfig, *, micro_batch: int, accumulate: 
         if hardware.zero_stage == 3:
             zero["offload_param"] = dict(place)
     config: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": accumulate,
+        "train_micro_batch_size_per_gpu": hardware.micro_batch,
+        # only a number above one makes offload's gradients sums over micro-batches; the boundaries are set by the loop
+        "gradient_accumulation_steps": 2,
         "gradient_clipping": clip,
         "zero_optimization": zero,
         # torch's AdamW in every ZeRO stage: the same arithmetic on every device, nothing to compile

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ import torch
 
 from alignbench.config import HardwareConfig, TrainConfig
 from alignbench.engine import batching, group
-from alignbench.engine.batching import Row, collate
+from alignbench.engine.attention import PADDED, attention_of
+from alignbench.engine.batching import Row
 from alignbench.engine.checkpoint import Checkpoints, Layout
-from alignbench.engine.logprobs import LogProbPolicy, progress
+from alignbench.engine.logprobs import LogProbPolicy, frozen_logprobs, progress
 from alignbench.engine.objectives import Objective
+from alignbench.engine.packing import prepare, shared_tokens
 from alignbench.engine.runtime import (
     deepspeed_config,
     device_of,
@@ -117,14 +119,17 @@ class _Loop:
                 where=f"{job.objective.name}: {examples} examples, batch_size {settings.batch_size}",
                 mend="choose a batch_size that hardware.processes divides, or fewer processes",
             )
-        self.share = self.batch_size // group.world()
-        self.micro_batch = batching.fitting_micro_batch(self.share, job.hardware.micro_batch)
+        self.attention = attention_of(job.hardware, job.policy)
+        self.positions = 0.0
+        log.info("%s: rows are %s", job.objective.name, self.attention)
         torch.manual_seed(job.seed + group.rank())  # dropout, if the model has any
         self.engine = self._initialise()
         layout = Layout(
             zero_stage=job.hardware.zero_stage,
             world_size=group.world(),
-            micro_batch=self.micro_batch,
+            micro_batch=job.hardware.micro_batch,
+            micro_tokens=job.hardware.micro_tokens,
+            attention=self.attention,
             dtype=job.hardware.dtype,
             device=job.hardware.device,
         )
@@ -152,15 +157,10 @@ class _Loop:
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule)
         engine, *_ = import_deepspeed().initialize(
-            model=LogProbPolicy(job.policy),
+            model=LogProbPolicy(job.policy, job.hardware),
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(
-                job.hardware,
-                micro_batch=self.micro_batch,
-                accumulate=self.share // self.micro_batch,
-                clip=settings.max_grad_norm,
-            ),
+            config=deepspeed_config(job.hardware, clip=settings.max_grad_norm),
         )
         return engine
 
@@ -183,6 +183,7 @@ class _Loop:
         if state is not None:
             result.log, result.resumed_at = state["log"], state["step"]
             tokens, earlier_seconds = state["tokens"], state["seconds"]
+            self.positions = state["positions"]
             log.info("%s: continuing at step %d of %d", job.objective.name, state["step"], self.steps)
         else:
             self._check_step0()
@@ -204,13 +205,15 @@ class _Loop:
                 bar.set_postfix(loss=f"{metrics['loss']:.4f}", refresh=False)
                 if saves:
                     seconds = earlier_seconds + time.perf_counter() - started
-                    state = {"log": result.log, "tokens": tokens, "seconds": seconds}
+                    state = {"log": result.log, "tokens": tokens, "positions": self.positions, "seconds": seconds}
                     self.checkpoints.save(self.engine, step + 1, state)
                 if asked:
                     log.info("%s: saved at step %d of %d, as asked", job.objective.name, step + 1, self.steps)
                     job.requests.done()
         cost["seconds"] = earlier_seconds + time.perf_counter() - started
         cost["trained_tokens"] = tokens
+        # what the model computed for them: padding on top, prompts that are shared counted once
+        cost["trained_positions"] = self.positions
         cost["optimizer_steps"] = float(self.steps)
         return result
 
@@ -223,32 +226,34 @@ class _Loop:
         objective, indices = self.job.objective, self.order[step]
         denominator = float(objective.weights(indices).sum())
         context = objective.context(indices, self._frozen_logprobs)
-        # rows of like length share a micro-batch: less padding, and the step's sum does not see the order
-        lengths = [max(len(row.ids) for row in objective.rows(i)) for i in indices]
-        # in turn: every rank gets as many micro-batches as the others, and of like lengths
-        parts = batching.micro_batches(indices[np.argsort(lengths, kind="stable")], self.micro_batch)
-        parts = parts[group.rank() :: group.world()]
+        examples = [objective.rows(i) for i in indices]
+        parts = self._micro_batches(examples)[group.rank() :: group.world()]
         # all ranks must agree when to save, and this is where they talk
-        sums: dict[str, float] = {"tokens": 0.0, "asked": float(self.job.requests.pending())}
+        sums: dict[str, float] = {"tokens": 0.0, "positions": 0.0, "asked": float(self.job.requests.pending())}
         broken: list[int] = []
         norm: Any = None
-        for part in parts:
-            rows = [objective.rows(i) for i in part]
-            sums["tokens"] += sum(len(row.ids) for example in rows for row in example)
-            logprobs = self._logprobs(rows)
-            values, metrics = objective.loss(logprobs, part, context)
-            broken += part[~torch.isfinite(values.detach()).cpu().numpy()].tolist()
-            # DeepSpeed divides by the number of micro-batches and of ranks; the denominator is the global batch's
-            self.engine.backward(values.sum() / denominator * len(parts) * group.world())
-            if self.engine.is_gradient_accumulation_boundary() and self.engine.zero_optimization_stage() == 0:
-                # without ZeRO DeepSpeed clips but does not tell the norm
-                norm = float(torch.nn.utils.get_total_norm(p.grad for p in self.trainable if p.grad is not None))
-            if norm is None or math.isfinite(norm):  # ZeRO 1-3 leave out such a step by themselves
-                self.engine.step()
+        for number, part in enumerate(parts, 1):
+            # the number of micro-batches is the step's own: DeepSpeed is told which one is the last
+            self.engine.set_gradient_accumulation_boundary(number == len(parts))
+            rows = [row for k in part for row in examples[k]]
+            work = prepare(rows, self.job.pad_id, self.attention)
+            sums["tokens"] += sum(len(row.ids) for row in rows)
+            sums["positions"] += work.positions
+            logprobs = self.engine(work.to(self.device)).view(len(part), -1)
+            values, metrics = objective.loss(logprobs, indices[part], context)
+            broken += indices[part][~torch.isfinite(values.detach()).cpu().numpy()].tolist()
+            # DeepSpeed divides by the number of ranks; the denominator is the global batch's
+            self.engine.backward(values.sum() / denominator * group.world(), scale_wrt_gas=False)
             _add(sums, {"loss": values.detach()}, 1 / denominator)
             _add(sums, metrics, 1 / len(indices))
+        if self.engine.zero_optimization_stage() == 0:
+            # without ZeRO DeepSpeed clips but does not tell the norm
+            norm = float(torch.nn.utils.get_total_norm(p.grad for p in self.trainable if p.grad is not None))
+        if norm is None or math.isfinite(norm):  # ZeRO 1-3 leave out such a step by themselves
+            self.engine.step()
         sums = group.summed(sums)
         tokens = int(sums.pop("tokens"))
+        self.positions += sums.pop("positions")
         norm = norm or self.engine.get_global_grad_norm()
         if norm is not None:
             sums["grad_norm"] = float(norm)
@@ -285,38 +290,36 @@ class _Loop:
             what = f"{count} weight tensors are not finite after optimiser step {step + 1}"
             raise self._divergence(step, what, [])
 
-    def _logprobs(self, rows: list[tuple[Row, ...]]) -> torch.Tensor:
-        """Log-probs of shape (examples, rows per example), in one forward pass."""
-        flat = [row for example in rows for row in example]
-        out = self.engine(*collate(flat, self.job.pad_id).to(self.device).tensors())
-        return out.view(len(rows), -1)
+    def _micro_batches(self, examples: Sequence[Sequence[Row]]) -> list[np.ndarray]:
+        """A step's examples by micro-batch; a multiple of the ranks, neighbours of like size."""
+        hardware, padded = self.job.hardware, self.attention == PADDED
+        if padded:  # to the longest row, times the rows of an example
+            sizes = [max(len(row.ids) for row in rows) * len(rows) for rows in examples]
+        else:
+            sizes = [shared_tokens(rows) for rows in examples]
+        return batching.micro_batches(
+            sizes, most=hardware.micro_batch, tokens=hardware.micro_tokens, ranks=group.world(), padded=padded
+        )
 
-    def _frozen_logprobs(self, rows: Any) -> torch.Tensor:
+    def _frozen_logprobs(self, rows: Sequence[Row]) -> torch.Tensor:
         """Log-probs without gradients and without dropout, in the order of `rows`."""
+        job = self.job
         self.engine.eval()
-        batches = batching.length_sorted(rows, max(1, self.job.hardware.eval_batch), group.world())
         with torch.no_grad():
-            found = group.spread(batches, lambda batch: self._logprobs([(rows[i],) for i in batch])[:, 0].tolist())
+            found = frozen_logprobs(self.engine, self.attention, rows, job.pad_id, job.hardware, self.device)
         self.engine.train()
-        return torch.tensor(found, dtype=torch.float64, device=self.device)
+        return torch.as_tensor(found, device=self.device)
 
     def _evaluate(self, objective: Objective, indices: np.ndarray) -> tuple[Metrics, np.ndarray]:
         """Mean loss and metrics of `indices` without gradients; also each example's loss."""
         context = objective.context(indices, self._frozen_logprobs)
         denominator = float(objective.weights(indices).sum())
+        logprobs = self._frozen_logprobs([row for i in indices for row in objective.rows(i)])
+        values, metrics = objective.loss(logprobs.view(len(indices), -1), indices, context)
         sums: dict[str, float] = {}
-        losses = []
-        width = len(objective.rows(0))
-        size = max(1, self.job.hardware.eval_batch // width)
-        for start in range(0, len(indices), size):
-            part = indices[start : start + size]
-            rows = [row for i in part for row in objective.rows(i)]
-            logprobs = self._frozen_logprobs(rows).view(len(part), width)
-            values, metrics = objective.loss(logprobs, part, context)
-            losses.append(values.double().cpu().numpy())
-            _add(sums, {"loss": values}, 1 / denominator)
-            _add(sums, metrics, 1 / len(indices))
-        return sums, np.concatenate(losses)
+        _add(sums, {"loss": values}, 1 / denominator)
+        _add(sums, metrics, 1 / len(indices))
+        return sums, values.double().cpu().numpy()
 
     def validate(self) -> Metrics:
         """Validation metrics, prefixed; the training order and its random numbers are not touched."""

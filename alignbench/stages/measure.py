@@ -232,16 +232,17 @@ def _logprobs(ctx: Context) -> None:
     with peak_memory(ctx.cost, device):
         model = policies.load_policy(folder, dtype_of(hardware), device)
         for name, (arrays, columns) in tables.items():
-            for column, rows in columns.items():
-                arrays[column] = sequence_logprobs(
-                    model,
-                    rows,
-                    pad_id=policies.pad_id(tokenizer),
-                    batch=hardware.eval_batch,
-                    device=device,
-                    label=f"log-probs {name} {column}",
-                )
-                scored += sum(len(row.ids) for row in rows)
+            # all columns together: their rows share prompts
+            found = sequence_logprobs(
+                model,
+                [row for rows in columns.values() for row in rows],
+                pad_id=policies.pad_id(tokenizer),
+                hardware=hardware,
+                device=device,
+                label=f"log-probs {name}",
+            )
+            arrays.update(zip(columns, found.reshape(len(columns), -1), strict=True))
+            scored += sum(len(row.ids) for rows in columns.values() for row in rows)
             save_file(arrays, ctx.out / f"{name}.safetensors")
     ctx.cost["scored_tokens"] = float(scored)
     ctx.cost["seconds"] = time.perf_counter() - started

@@ -156,7 +156,8 @@ def training_cost(
         state = trainable * width
     backward_share = 1.0 if trainable == parameters else 2 / 3  # frozen weights need no weight gradients
     flops = 6 * parameters * tokens * backward_share
-    return flops, parameters * width + state + activation_bytes(parameters, rows * row_tokens, runtime, train=True)
+    in_flight = min(rows * row_tokens, max(row_tokens, hardware.micro_tokens))
+    return flops, parameters * width + state + activation_bytes(parameters, in_flight, runtime, train=True)
 
 
 def activation_bytes(parameters: float, tokens: float, runtime: Runtime, *, train: bool) -> float:
@@ -178,10 +179,12 @@ def inference_memory(parameters: float, tokens: float, runtime: Runtime) -> floa
 
 def scoring_estimate(tokens: float, per_row: float, rows: float, parameters: float, runtime: Runtime) -> Estimate:
     """Estimate of a stage that runs `tokens` through a policy, forward only, `per_row` of them in a sequence."""
+    hardware = runtime.hardware
+    in_flight = min(hardware.eval_batch * per_row, max(per_row, hardware.eval_tokens))
     return Estimate(
         Facts(rows=rows),
         scored_tokens=tokens,
         flops=2 * parameters * tokens,
-        memory_bytes=inference_memory(parameters, runtime.hardware.eval_batch * per_row, runtime),
+        memory_bytes=inference_memory(parameters, in_flight, runtime),
         overhead_seconds=1.0,
     )

@@ -44,20 +44,6 @@ def test_epochs_and_seeds_have_different_orders():
     assert not np.array_equal(first, batching.example_order(50, 2, 50, 1)[0])
 
 
-@given(st.integers(1, 60), st.integers(1, 70))
-def test_micro_batches_partition_the_step_for_any_size(batch, micro):
-    indices = np.arange(batch) + 100
-    parts = batching.micro_batches(indices, micro)
-    assert np.array_equal(np.concatenate(parts), indices)
-    assert {len(part) for part in parts} == {batching.fitting_micro_batch(batch, micro)}
-    assert len(parts[0]) <= micro
-
-
-@given(st.integers(1, 60), st.integers(1, 70))
-def test_fitting_micro_batch_is_the_largest_divisor_that_fits(batch, micro):
-    assert batching.fitting_micro_batch(batch, micro) == max(d for d in range(1, micro + 1) if batch % d == 0)
-
-
 @pytest.mark.parametrize(
     ("examples", "epochs", "batch", "steps"),
     [(10, 1, 4, 2), (8, 1, 4, 2), (3, 1, 8, 1), (10, 3, 10, 3), (10, 0.1, 1, 1), (7, 0.3, 1, 2), (30, 1.1, 11, 3)],

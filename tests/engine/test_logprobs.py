@@ -7,8 +7,9 @@ import pytest
 import tiny
 import torch
 
-from alignbench.engine.batching import Row, collate
+from alignbench.engine.batching import Row
 from alignbench.engine.logprobs import LogProbPolicy
+from alignbench.engine.packing import prepare
 
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "gpt_neox": tiny.gpt_neox}
 
@@ -20,8 +21,9 @@ def naive(model, row):
     return sum(logprobs[t - 1, row.ids[t]] for t in range(row.prompt_length, len(row.ids)))
 
 
-def batched(model, sequences, pad_id=tiny.PAD):
-    return LogProbPolicy(model)(*collate(sequences, pad_id).tensors())
+def batched(model, sequences, pad_id=tiny.PAD, **machine):
+    scorer = LogProbPolicy(model, tiny.hardware(**machine))
+    return scorer(prepare(sequences, pad_id, scorer.attention))
 
 
 @pytest.mark.parametrize("name", MODELS)

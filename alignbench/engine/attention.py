@@ -1,0 +1,271 @@
+"""Attention over packed rows: who sees whom, and the kernels that compute it.
+
+A packed row holds groups one after the other; a group is a prompt, once, and the responses to it. A token sees the
+tokens before it in its own group that belong to the prompt or to its own response, and no others; positions go on from
+the prompt's end in every response. So each response is computed exactly as if it stood behind its prompt alone.
+
+Two kernels compute the same: `packed_sdpa` runs torch's SDPA on one group after another, without any padding, and
+`packed_flex` runs FlexAttention with a block mask on the whole row (what pays on a GPU).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from alignbench.config import HardwareConfig
+from alignbench.errors import ConfigError, ModelError
+
+PADDED, SDPA, FLEX = "padded", "packed_sdpa", "packed_flex"
+
+#: Families whose packed log-probs and gradients are tested equal to the padded ones. Others (state-space layers, ALiBi,
+#: soft-capped attention) could let one response look into another, so they are padded.
+FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
+
+# Keys beyond which a group's responses attend in several calls: a dense mask costs the square of its length.
+_CLUSTER_TOKENS = 512
+# FlexAttention's block size: rows are filled up to a multiple of it.
+FLEX_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Responses of one group that attend in one call.
+
+    Attributes:
+        prompt: Tokens of the group's prompt.
+        responses: Tokens of each response.
+        first: Whether the prompt's own tokens are among the queries.
+    """
+
+    prompt: int
+    responses: tuple[int, ...]
+    first: bool
+
+    @property
+    def queries(self) -> int:
+        """Tokens that this call computes."""
+        return sum(self.responses) + self.prompt * self.first
+
+    def mask(self, window: int | None, device: torch.device) -> torch.Tensor | None:
+        """Bool (queries, keys), True where a query sees a key; None where that is the plain causal mask.
+
+        Keys are the prompt and then this cluster's responses.
+        """
+        length = self.prompt + sum(self.responses)
+        if self.first and len(self.responses) <= 1 and (window is None or length <= window):
+            return None
+        sizes = torch.tensor([self.prompt, *self.responses], device=device)
+        owner = torch.repeat_interleave(sizes)
+        order = torch.arange(length, device=device)
+        starts = sizes.cumsum(0) - sizes
+        position = order - torch.where(owner > 0, starts[owner] - self.prompt, 0)
+        each = (order, owner, position)
+        seen = _sees([x[:, None] for x in each], [x[None] for x in each], window)
+        return seen if self.first else seen[self.prompt :]
+
+
+def _sees(query: Sequence[Any], key: Sequence[Any], window: int | None) -> Any:
+    """The rule itself, for a query and a key of one group, each given as (place in the row, owner, position)."""
+    seen = (query[0] >= key[0]) & ((key[1] == 0) | (query[1] == key[1]))
+    return seen if window is None else seen & (query[2] - key[2] < window)
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What the kernels know of a packed row of T tokens.
+
+    Attributes:
+        clusters: The row's groups, in order, cut into attention calls; together they cover every real token.
+        group: (T,) number of each token's group; -1 where the row was filled up.
+        owner: (T,) 0 in prompts, k in a group's k-th response.
+        position: (T,) position behind the prompt's start.
+    """
+
+    clusters: tuple[Cluster, ...]
+    group: torch.Tensor
+    owner: torch.Tensor
+    position: torch.Tensor
+    _masks: dict[Any, Any] = field(default_factory=dict, compare=False)
+
+    def to(self, device: torch.device) -> Packing:
+        """The same packing with its tensors on `device`."""
+        group, owner, position = (x.to(device, non_blocking=True) for x in (self.group, self.owner, self.position))
+        return Packing(self.clusters, group, owner, position)
+
+    def masks(self, window: int | None) -> list[torch.Tensor | None]:
+        """A mask per cluster, made once per pass and shared by all layers."""
+        if ("sdpa", window) not in self._masks:
+            self._masks["sdpa", window] = [c.mask(window, self.group.device) for c in self.clusters]
+        return list(self._masks["sdpa", window])
+
+    def mask_mod(self, window: int | None) -> Callable[..., torch.Tensor]:
+        """FlexAttention's form of the mask."""
+        group, owner, position = self.group, self.owner, self.position
+
+        def mod(batch: Any, head: Any, query: Any, key: Any) -> torch.Tensor:
+            seeing, seen = ((i, owner[i], position[i]) for i in (query, key))
+            found: torch.Tensor = _sees(seeing, seen, window) & (group[query] == group[key])
+            return found
+
+        return mod
+
+    def block_mask(self, window: int | None) -> Any:
+        """FlexAttention's block mask, made once per pass."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        if ("flex", window) not in self._masks:
+            length = len(self.group)
+            self._masks["flex", window] = create_block_mask(
+                self.mask_mod(window), None, None, length, length, device=str(self.group.device)
+            )
+        return self._masks["flex", window]
+
+
+def clusters_of(prompt: int, responses: list[int]) -> list[Cluster]:
+    """Cut one group into attention calls of bounded length, in order."""
+    found: list[list[int]] = [[]]
+    for length in responses:
+        if found[-1] and prompt + sum(found[-1]) + length > _CLUSTER_TOKENS:
+            found.append([])
+        found[-1].append(length)
+    return [Cluster(prompt, tuple(part), first=i == 0) for i, part in enumerate(found)]
+
+
+def attention_of(hardware: HardwareConfig, policy: Any) -> str:
+    """The layout and kernel that `policy` runs with: PADDED, SDPA or FLEX.
+
+    Raises:
+        ConfigError: a packed layout is asked for, and the model is of a family that it is not tested for.
+    """
+    family = getattr(policy.config, "model_type", type(policy).__name__)
+    if hardware.attention != "auto":
+        if hardware.attention != PADDED and family not in FAMILIES:
+            raise ConfigError(
+                f"packed rows are not known to be right for models of the family {family}",
+                where="hardware.attention",
+                mend=f"hardware.attention=padded or auto; packed ones are tested for {', '.join(FAMILIES)}",
+            )
+        return hardware.attention
+    if family not in FAMILIES:
+        return PADDED
+    return FLEX if hardware.device == "cuda" else SDPA
+
+
+def use_attention(model: Any, attention: str) -> None:
+    """Let a transformers model run `attention`; a call without a packing is computed by SDPA as before."""
+    if attention == PADDED:
+        return
+    _register()
+    model.set_attn_implementation(f"alignbench_{attention}")
+
+
+def unused_mask(like: torch.Tensor) -> torch.Tensor:
+    """What stands in the place of an attention mask: transformers hands a 4-d mask on to the kernel as it is."""
+    return torch.empty((1, 1, 1, 0), device=like.device)
+
+
+@cache
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    for name, kernel in ((SDPA, _sdpa), (FLEX, _flex)):
+        AttentionInterface.register(f"alignbench_{name}", _kernel(kernel))
+        AttentionMaskInterface.register(f"alignbench_{name}", sdpa_mask)
+
+
+def _kernel(packed: Callable[..., torch.Tensor]) -> Callable[..., Any]:
+    """A transformers attention function around `packed`; the rest of the interface is the same for all kernels."""
+    from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+
+    def attention(
+        module: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        packing: Packing | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if packing is None:
+            if attention_mask is not None and not attention_mask.numel():
+                raise ModelError(
+                    f"{type(module).__name__} does not hand its keyword arguments on to attention",
+                    where="hardware.attention",
+                    mend="hardware.attention=padded",
+                )
+            plain: tuple[torch.Tensor, None] = sdpa_attention_forward(
+                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+            )
+            return plain
+        repeats = getattr(module, "num_key_value_groups", 1)
+        key, value = repeat_kv(key, repeats), repeat_kv(value, repeats)
+        return packed(query, key, value, packing, kwargs.get("sliding_window"), dropout, scaling), None
+
+    return attention
+
+
+def _sdpa(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """(1, heads, T, d) three times -> (1, T, heads, d), one SDPA call per cluster."""
+    sizes = [cluster.queries for cluster in packing.clusters]
+    sizes.append(query.shape[2] - sum(sizes))  # what fills the row up attends to nothing and gives zeros
+    queries, keys, values = (x.split(sizes, dim=2) for x in (query, key, value))
+    parts = []
+    for i, (cluster, mask) in enumerate(zip(packing.clusters, packing.masks(window), strict=True)):
+        own = keys[i], values[i]
+        if cluster.first:
+            prompt = [x[:, :, : cluster.prompt] for x in own]
+        else:
+            own = torch.cat([prompt[0], own[0]], 2), torch.cat([prompt[1], own[1]], 2)
+        found = F.scaled_dot_product_attention(
+            queries[i], *own, attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
+        )
+        parts.append(found.transpose(1, 2))
+    if sizes[-1]:
+        parts.append(torch.zeros_like(queries[-1]).transpose(1, 2))
+    return torch.cat(parts, 1)
+
+
+@cache
+def _flex_compiled(device: str) -> Any:
+    """FlexAttention; compiled on a GPU, torch's own reference elsewhere (its CPU kernel has no backward pass)."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True) if device == "cuda" else flex_attention
+
+
+def _flex(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    packing: Packing,
+    window: int | None,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """(1, heads, T, d) three times -> (1, T, heads, d) by FlexAttention, which has no dropout."""
+    if dropout:
+        raise ConfigError(
+            f"FlexAttention has no dropout, and the model's attention has {dropout}",
+            where="hardware.attention",
+            mend="hardware.attention=packed_sdpa, or set the model's attention dropout to 0",
+        )
+    kernel = _flex_compiled(query.device.type)
+    found: torch.Tensor = kernel(query, key, value, block_mask=packing.block_mask(window), scale=scaling)
+    return found.transpose(1, 2).contiguous()

@@ -1,0 +1,326 @@
+"""Preference training against TRL's DPOTrainer and against padded rows: pairs/s, tokens/s, peak memory.
+
+    python tests/benchmarks/bench_training.py [--rounds 3] [--trl-python /path/to/python] [--former /path/to/checkout]
+
+writes tests/benchmarks/results/training.json. Every run is a process of its own, and so is its peak memory, in turn
+with the others; medians over rounds. All runs train the same 6.8M-parameter Llama (random weights, fp32) with DPO on
+the same pairs in the same order, with the same reference, and must agree in the first step's loss. Besides wall-clock
+rates there are rates per second of processor time: other work on a shared machine moves those much less.
+
+TRL is no requirement of this project, and is kept apart in an environment that sees this one's packages:
+
+    python -m venv /tmp/trl
+    python -c "import site; print(site.getsitepackages()[0])" > /tmp/trl/lib/python3.11/site-packages/shared.pth
+    /tmp/trl/bin/python -m pip install trl
+
+Runs: `packed` and `padded` are this engine's two layouts, `former` the engine of another checkout; `trl_default` has
+TRL's default settings, `trl_no_checkpointing` those without activation checkpointing, and `trl_best` also reference
+log-probs that were computed before (padding_free is switched off in TRL 1.16, and its fused head is always on).
+Not collected by pytest; nothing is asserted about times.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve()
+ROOT = HERE.parents[2]
+RESULTS = HERE.parent / "results/training.json"
+BATCH, WARM_UP, BETA, VOCABULARY = 8, 1, 0.1, 8192
+LENGTHS = {
+    # prompt, response: (kind, ...) with the mean and the spread of a log-normal, or bounds of a uniform
+    "pku": (("lognormal", 25, 0.5, 4, 100), ("lognormal", 100, 0.7, 4, 480)),
+    "hh": (("lognormal", 200, 0.5, 16, 480), ("lognormal", 60, 0.7, 4, 240)),
+    "uniform": (("uniform", 16, 128), ("uniform", 16, 256)),
+}
+ENGINES = ("packed", "padded", "former", "trl_default", "trl_no_checkpointing", "trl_best")
+
+
+def pairs(lengths, count):
+    """(prompt, chosen, rejected) token ids of every pair; a function of the lengths' name alone."""
+    import numpy as np
+
+    rng = np.random.default_rng(7)
+
+    def draw(kind, *numbers):
+        if kind == "uniform":
+            return int(rng.integers(*numbers))
+        mean, sigma, low, high = numbers
+        return int(np.clip(round(rng.lognormal(np.log(mean) - sigma**2 / 2, sigma)), low, high))
+
+    def ids(count):
+        return rng.integers(2, VOCABULARY, count).tolist()
+
+    prompt, response = LENGTHS[lengths]
+    return [(ids(draw(*prompt)), ids(draw(*response)), ids(draw(*response))) for _ in range(count)]
+
+
+def model(seed):
+    """A 6.8M-parameter Llama; larger weights than transformers' own start, so that losses differ from ln 2."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+        bos_token_id=None,
+        eos_token_id=0,
+        pad_token_id=1,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def reference_logprobs(data, folder):
+    """Chosen and rejected log-probs under the reference, by plain transformers; made once for all runs."""
+    import torch
+
+    reference, found = model(1), []
+    with torch.no_grad():
+        for prompt, *responses in data:
+            row = []
+            for response in responses:
+                logits = reference(torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+                row.append(float(torch.log_softmax(logits, -1).double()[range(len(response)), response].sum()))
+            found.append(row)
+    (folder / "reference.json").write_text(json.dumps(found))
+
+
+class Clock:
+    """Seconds and the peak memory from the end of the warm-up on."""
+
+    def __init__(self):
+        self.stamps, self.losses = [], []
+        self.tick()
+        Path("/proc/self/clear_refs").write_text("5")
+
+    def tick(self):
+        self.stamps.append((time.perf_counter(), time.process_time()))
+
+    def result(self, data, order):
+        steps = len(self.stamps) - 1
+        seconds, cpu_seconds = (self.stamps[-1][k] - self.stamps[WARM_UP][k] for k in (0, 1))
+        timed = [data[i] for i in order[WARM_UP * BATCH : steps * BATCH]]
+        status = Path("/proc/self/status").read_text().splitlines()
+        peak = next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM:"))
+        tokens = sum(2 * len(p) + len(c) + len(r) for p, c, r in timed)
+        return {
+            "pairs_per_second": len(timed) / seconds,
+            "pairs_per_cpu_second": len(timed) / cpu_seconds,
+            "tokens_per_second": tokens / seconds,
+            "peak_rss_bytes": peak,
+            "first_loss": self.losses[0],
+        }
+
+
+def run_alignbench(root, attention, data, reference, order, folder):
+    """Train with the engine in the checkout `root`."""
+    sys.path.insert(0, root)
+    import numpy as np
+
+    from alignbench.config import HardwareConfig, TrainConfig
+    from alignbench.engine.batching import Row
+    from alignbench.engine.objectives import PairObjective
+    from alignbench.engine.train import TrainJob, train
+
+    fields = {field.name for field in dataclasses.fields(HardwareConfig)}
+    machine = {
+        "device": "cpu", "dtype": "fp32", "zero_stage": 0, "attention": attention, "micro_batch": BATCH,
+        "micro_tokens": 1 << 16, "eval_batch": BATCH, "eval_tokens": 1 << 16, "logits_mib": 256, "generation_batch": 1,
+        "checkpoint_every": 10**6, "flops_per_second": 1e9,
+    }  # fmt: skip
+    machine |= json.loads(os.environ.get("BENCH_HARDWARE", "{}"))
+    rows = [[Row(p + response, len(p)) for response in (c, r)] for p, c, r in data]
+    goal = PairObjective([r[0] for r in rows], [r[1] for r in rows], np.array(reference), "dpo", BETA)
+    settings = TrainConfig(
+        learning_rate=1e-5, epochs=1, batch_size=BATCH, schedule="constant", warmup_ratio=0.0, max_grad_norm=1.0
+    )
+    job = TrainJob(
+        policy=model(0), objective=goal, settings=settings, seed=3, pad_id=1, work=folder,
+        hardware=HardwareConfig(**{name: value for name, value in machine.items() if name in fields}),
+        starts_at_reference=False,
+    )  # fmt: skip
+    clock = Clock()
+
+    def on_metrics(step, metrics):
+        clock.losses.append(metrics["loss"])
+        clock.tick()
+
+    train(job, {}, on_metrics)
+    return clock.result(data, order)
+
+
+def run_trl(name, data, reference, order, folder):
+    """Train with TRL's DPOTrainer."""
+    import torch
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast, TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    core = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, unk_token="t2"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="t0", pad_token="t1")
+    cached = name == "trl_best"
+    table = {"prompt_ids": [], "chosen_ids": [], "rejected_ids": []}
+    for i in order:
+        for column, ids in zip(table, data[i], strict=True):
+            table[column].append(ids)
+    if cached:
+        table |= {
+            f"ref_{side}_logps": [reference[i][k] for i in order] for k, side in enumerate(("chosen", "rejected"))
+        }
+    keep = {} if name == "trl_default" else {"gradient_checkpointing": False}
+    config = DPOConfig(
+        output_dir=str(folder), per_device_train_batch_size=BATCH, num_train_epochs=1, learning_rate=1e-5,
+        lr_scheduler_type="constant", max_grad_norm=1.0, beta=BETA, bf16=False, use_cpu=True, save_strategy="no",
+        report_to="none", disable_tqdm=True, precompute_ref_log_probs=cached, logging_steps=1, **keep,
+    )  # fmt: skip
+    clock = None
+
+    class Trainer(DPOTrainer):
+        def _prepare_dataset(self, dataset, *args, **kwargs):
+            return dataset  # token ids are given
+
+        def _precompute_ref_logps(self, dataset, *args, **kwargs):
+            return dataset  # and so are the reference's log-probs
+
+        def _get_train_sampler(self, *args, **kwargs):
+            return torch.utils.data.SequentialSampler(self.train_dataset)
+
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            clock.losses.append(float(loss[0] if isinstance(loss, tuple) else loss))
+            return loss
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            clock.tick()
+
+    policy = model(0)
+    trainer = Trainer(
+        model=policy, ref_model=None if cached else model(1), args=config, train_dataset=Dataset.from_dict(table),
+        processing_class=tokenizer, callbacks=[Ticks()],
+    )  # fmt: skip
+    clock = Clock()
+    trainer.train()
+    return clock.result(data, order)
+
+
+def child(spec):
+    """One run in this process."""
+    import logging
+    import warnings
+
+    import numpy as np
+    import torch
+
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(spec["threads"])
+    folder = Path(spec["folder"])
+    data = pairs(spec["lengths"], spec["pairs"])
+    if spec["engine"] == "reference":
+        reference_logprobs(data, folder)
+        return {}
+    # the engine's own order of examples, for all
+    rng = np.random.default_rng([3, 0x0DE2])
+    order = rng.permutation(len(data)).tolist()
+    reference = json.loads((folder / "reference.json").read_text())
+    with tempfile.TemporaryDirectory() as work:
+        if spec["engine"].startswith("trl"):
+            return run_trl(spec["engine"], data, reference, order, Path(work))
+        attention = "padded" if spec["engine"] == "padded" else "packed_sdpa"
+        return run_alignbench(spec["root"], attention, data, reference, order, Path(work))
+
+
+def run(python, **spec):
+    """One run in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(spec["threads"]), "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [python, str(HERE), "--child", json.dumps(spec)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{spec['engine']} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(engines, lengths, options):
+    """Medians of every engine on one kind of lengths, and ratios to `packed`."""
+    runs = {name: [] for name in engines}
+    with tempfile.TemporaryDirectory() as folder:
+        base = {"lengths": lengths, "folder": folder, "threads": options.threads, "pairs": options.pairs}
+        run(sys.executable, engine="reference", **base)
+        for _ in range(options.rounds):
+            for name in engines:
+                python = options.trl_python if name.startswith("trl") else sys.executable
+                root = options.former if name == "former" else str(ROOT)
+                runs[name].append(run(python, engine=name, root=root, **base))
+                print(lengths, name, json.dumps(runs[name][-1]), file=sys.stderr, flush=True)
+    found = {name: {key: statistics.median(r[key] for r in each) for key in each[0]} for name, each in runs.items()}
+    losses = [each["first_loss"] for each in found.values()]
+    ratios = {
+        f"packed_over_{name}": {
+            # of the same round: a machine that others use is as busy for both
+            rate: statistics.median(a[rate] / b[rate] for a, b in zip(runs["packed"], runs[name], strict=True))
+            for rate in ("pairs_per_second", "pairs_per_cpu_second")
+        }
+        | {"peak_rss": found["packed"]["peak_rss_bytes"] / found[name]["peak_rss_bytes"]}
+        for name in engines
+        if name != "packed"
+    }
+    return {"runs": found, "ratios": ratios, "largest_first_loss_difference": max(losses) - min(losses)}
+
+
+def main():
+    """Run everything and write the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--lengths", nargs="*", default=list(LENGTHS), choices=list(LENGTHS))
+    parser.add_argument("--engines", nargs="*", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--trl-python", help="a Python that has TRL")
+    parser.add_argument("--former", help="another checkout of this repository")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        print(json.dumps(child(json.loads(options.child))))
+        return
+    needs = {"former": options.former, "trl": options.trl_python}
+    engines = [name for name in options.engines if needs.get(name.split("_")[0], True)]
+    found = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU",
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "deepspeed")},
+        "pairs": options.pairs,
+        "pairs_per_step": BATCH,
+        "rounds": options.rounds,
+        "threads": options.threads,
+        "lengths": {},
+    }
+    if options.trl_python:
+        ask = "import importlib.metadata as m; print(m.version('trl'))"
+        found["versions"]["trl"] = subprocess.check_output([options.trl_python, "-c", ask], text=True).strip()
+    for lengths in options.lengths:
+        found["lengths"][lengths] = measure(engines, lengths, options)
+        options.out.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
