@@ -135,6 +135,7 @@ INCOMPLETE: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["dataset.files.pairs.path=", "dataset.files.demonstrations.path="],
         [PAIRS, "dataset.files.demonstrations.path=shown.jsonl", OWN_MODEL, UNSCORED, STATED],
     ),
+    "hardware=gpu_8_zero3_nvme": (["hardware.nvme_path"], ["hardware.nvme_path="], ["hardware.nvme_path=/nvme"]),
     "dataset=pku_saferlhf_30k": (["gold scorer"], ["evaluate=unscored"], ["model=alpaca_7b", UNSCORED, STATED]),
 }
 OPTIONS = sorted(
