@@ -303,6 +303,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not given.address.rpartition(":")[2].isdigit():
         parser.error(f"{given.address} is not HOST:PORT")
     os.environ.setdefault(PARENT, str(os.getpid()))
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own stack traces while nobody is there yet
     return helper(given.address, given.scratch.absolute())
 
 

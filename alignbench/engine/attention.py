@@ -154,7 +154,7 @@ def attention_of(hardware: HardwareConfig, policy: Any) -> str:
         return hardware.attention
     if family not in FAMILIES:
         return PADDED
-    return FLEX if hardware.device == "cuda" else SDPA
+    return SDPA  # FlexAttention's backward pass exists on GPUs only, where it has not been run yet: by request
 
 
 def use_attention(model: Any, attention: str) -> None:

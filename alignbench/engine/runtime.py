@@ -87,7 +87,9 @@ def deepspeed_config(hardware: HardwareConfig, *, clip: float) -> dict[str, Any]
         if hardware.offload == "nvme":
             place["nvme_path"] = hardware.nvme_path
         zero["offload_optimizer"] = dict(place)
-        if hardware.zero_stage == 3:
+        # where the accelerator has no fp16 (a CPU) DeepSpeed 0.19 keeps offloaded parameters in bf16, whatever they are
+        # (partition_parameters.py, _set_dtype): the losses were off by 1e-3, so parameters stay where they are there
+        if hardware.zero_stage == 3 and hardware.device == "cuda":
             zero["offload_param"] = dict(place)
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": hardware.micro_batch,

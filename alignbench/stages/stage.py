@@ -152,7 +152,7 @@ def training_cost(
     width = 2 if hardware.dtype == "bf16" else 4
     # fp32 master copy and fp32 gradients come on top of bf16 weights
     state = trainable * (4 + 8 + (8 if width == 2 else 0))
-    if hardware.offload == "cpu":
+    if hardware.offload != "none":
         state = trainable * width
     backward_share = 1.0 if trainable == parameters else 2 / 3  # frozen weights need no weight gradients
     flops = 6 * parameters * tokens * backward_share

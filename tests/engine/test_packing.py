@@ -216,7 +216,8 @@ def test_calls_of_the_model_itself_stay_what_they_were():
 def test_auto_packs_the_tested_families_and_pads_others():
     gemma = small("Gemma2")
     assert attention.attention_of(tiny.hardware(), tiny.llama()) == SDPA
-    assert attention.attention_of(tiny.hardware(device="cuda"), tiny.gpt2()) == FLEX
+    assert attention.attention_of(tiny.hardware(device="cuda"), tiny.gpt2()) == SDPA
+    assert attention.attention_of(tiny.hardware(device="cuda", attention=FLEX), tiny.gpt2()) == FLEX
     assert attention.attention_of(tiny.hardware(attention=PADDED), tiny.llama()) == PADDED
     assert attention.attention_of(tiny.hardware(), gemma) == PADDED
     with pytest.raises(ConfigError, match=r"(?s)family gemma2.*padded or auto"):
