@@ -27,6 +27,7 @@ from alignbench.jsonio import atomic_write_json
 
 #: Tells a process who started it.
 PARENT = "ALIGNBENCH_PARENT"
+_PASSED_ON = ("OMP_", "TORCH_", "GLOO_", "NCCL_", "DS_ACCELERATOR", "TOKENIZERS_", "HF_", "TRANSFORMERS_")
 #: Seconds that hung ranks have to write down where they are.
 LAST_WORDS = 3.0
 
@@ -161,7 +162,12 @@ def _deepspeed(folder: Path, start: Start) -> int:
         *where,
         *("--master_port", str(free_port()), "--no_local_rank", "--module", "alignbench.worker", str(folder)),
     ]
-    return subprocess.run(command, check=False, stdin=subprocess.DEVNULL).returncode
+    # on machines that it reaches by ssh the launcher sets what this file lists, and little else
+    listed = folder / "environment"
+    lines = [f"{name}={os.environ[name]}" for name in sorted(os.environ) if name.startswith(_PASSED_ON)]
+    listed.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    given = os.environ | {"DS_ENV_FILE": str(listed)}
+    return subprocess.run(command, check=False, stdin=subprocess.DEVNULL, env=given).returncode
 
 
 def free_port() -> int:

@@ -464,15 +464,29 @@ class Store:
         try:
             produce(workspace)
             manifest = self._seal(identity, workspace)
-            os.rename(workspace.out, target)
+            known = self._put(key, workspace.out, target)
         except BaseException:
             shutil.rmtree(workspace.out, ignore_errors=True)
             raise
         sync(target.parent)
         shutil.rmtree(building, ignore_errors=True)
+        if known is not None:
+            return known
         signature = {name: (s.st_size, s.st_mtime_ns) for name, s in _scan(target)}
         self._verified[key] = (signature, Artifact(key, identity.kind, target, manifest))
         return self._verified[key][1]
+
+    def _put(self, key: str, out: Path, target: Path) -> Artifact | None:
+        """Put a finished artifact in its place; one that is there already is the answer."""
+        try:
+            os.rename(out, target)
+        except OSError as error:
+            # a network file system may have gone on saying "absent" here after another machine had put it there
+            known = self._inspect(key) if error.errno in (errno.ENOTEMPTY, errno.EEXIST) else None
+            if not isinstance(known, Artifact):
+                raise
+            return known
+        return None
 
     @staticmethod
     def _seal(identity: Identity, workspace: Workspace) -> dict[str, Any]:
@@ -483,6 +497,9 @@ class Store:
         if faults or not found:
             what = f"the output of stage {identity.stage!r} is no artifact: {(faults or ['it is empty'])[0]}"
             raise StoreError(what, where=workspace.key, mend="write plain files, at least one, to Workspace.out")
+        shared = stat.S_IMODE(out.stat().st_mode) & 0o444
+        for name, s in found.items():  # safetensors writes files that only their owner may read
+            (out / name).chmod(stat.S_IMODE(s.st_mode) | shared)
         files = {name: {"sha256": _digest(out / name), "bytes": s.st_size} for name, s in found.items()}
         manifest = {"key": workspace.key} | {f.name: getattr(identity, f.name) for f in dataclasses.fields(identity)}
         manifest |= {"files": files, "cost": {name: float(value) for name, value in workspace.cost.items()}}

@@ -52,8 +52,11 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _launcher() -> int:
     """The process that started this rank and may stop it; the rank dies with it."""
-    agent = int(os.environ[PARENT])
     parent = os.getppid()
+    if PARENT not in os.environ:  # on another machine, reached by ssh
+        die_with_parent(parent)
+        return parent
+    agent = int(os.environ[PARENT])
     if parent == agent or not psutil.pid_exists(agent):
         die_with_parent(agent)
         return agent

@@ -224,3 +224,56 @@ def test_where_machines_meet_must_be_known(monkeypatch: pytest.MonkeyPatch) -> N
         nodes.rendezvous(HardwareConfig(nodes=2))
     with pytest.raises(ConfigError, match="cannot meet"):
         nodes.head_for(HardwareConfig(nodes=2, rendezvous="192.0.2.1:1"))
+
+
+@pytest.fixture
+def ssh_to_self(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An ssh server of this test's own on every loopback address, and an `ssh` that knows its key and port."""
+    missing = [name for name in ("ssh", "ssh-keygen", "pdsh") if shutil.which(name) is None]
+    server = shutil.which("sshd", path=f"{os.environ['PATH']}:/usr/sbin")
+    if missing or server is None or os.geteuid() != 0:
+        pytest.skip("DeepSpeed's launcher reaches machines by ssh and pdsh; this test needs both, sshd and root")
+    folder = tmp_path / "ssh"
+    folder.mkdir()
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / name)], check=True)
+    port = free_port()
+    options = {
+        "AuthorizedKeysFile": folder / "user.pub",
+        "ListenAddress": "0.0.0.0",
+        "PermitRootLogin": "prohibit-password",
+        "PidFile": "none",
+        "StrictModes": "no",
+        "UsePAM": "no",
+    }
+    Path("/run/sshd").mkdir(exist_ok=True)
+    words = [word for name, value in options.items() for word in ("-o", f"{name}={value}")]
+    running = subprocess.Popen([server, "-D", "-f", "/dev/null", "-h", str(folder / "host"), "-p", str(port), *words])
+    (folder / "config").write_text(
+        f"Host *\n Port {port}\n IdentityFile {folder}/user\n StrictHostKeyChecking no\n"
+        " UserKnownHostsFile /dev/null\n LogLevel ERROR\n"
+    )
+    (folder / "bin").mkdir()
+    (folder / "bin/ssh").write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/config "$@"\n')
+    (folder / "bin/ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}/bin:{os.environ['PATH']}")
+    until = time.monotonic() + 30
+    while subprocess.run(["ssh", "127.0.0.2", "true"], capture_output=True, check=False).returncode:
+        if running.poll() is not None or time.monotonic() > until:
+            running.kill()
+            pytest.skip("an ssh server cannot be run here")
+        time.sleep(0.2)
+    yield
+    running.kill()
+    running.wait()
+
+
+@pytest.mark.usefixtures("ssh_to_self")
+def test_deepspeed_s_launcher_reaches_the_machines_of_a_hostfile(chain: Chain, tmp_path: Path) -> None:
+    hosts = tmp_path / "hosts"
+    hosts.write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
+    job = training(chain)
+    one = Made(tmp_path / "one", *job, micro_batch=2)
+    launcher = {"launcher": "deepspeed", "hostfile": str(hosts)}
+    two = Made(tmp_path / "two", *job, processes=2, nodes=2, micro_batch=2, zero_stage=2, **launcher)
+    assert_same_training(one, two)

@@ -420,6 +420,33 @@ def test_an_unknown_holder_is_waited_for(store: Store, said: list[str], info: st
     assert store.find(IDENTITY.key) is not None
 
 
+def test_an_artifact_that_another_machine_put_there_unseen_is_taken(store: Store, tmp_path: Path) -> None:
+    # as on a network file system that goes on saying "absent" for a while
+    other = Store(tmp_path / "other")
+    theirs, _ = other.obtain(IDENTITY, produce)
+
+    def late(space: Workspace) -> None:
+        produce(space)
+        shutil.copytree(theirs.folder, store.root / "artifacts" / IDENTITY.key)
+
+    artifact, _ = store.obtain(IDENTITY, late)
+    assert artifact.manifest == theirs.manifest
+    assert not list((store.root / "building").iterdir())
+
+
+def test_files_are_readable_to_whom_the_folder_is(store: Store) -> None:
+    def secretive(space: Workspace) -> None:
+        (space.out / "model.safetensors").write_bytes(b"weights")
+        (space.out / "model.safetensors").chmod(0o600)
+
+    before = os.umask(0o027)  # a group's store
+    try:
+        artifact, _ = store.obtain(IDENTITY, secretive)
+    finally:
+        os.umask(before)
+    assert artifact.path("model.safetensors").stat().st_mode & 0o777 == 0o640
+
+
 def test_import_is_light() -> None:
     code = "import sys, alignbench.store; print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
     environment = os.environ | {"PYTHONPATH": str(WORKER.parent.parent)}
