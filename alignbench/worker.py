@@ -228,7 +228,8 @@ def _is_echo(error: BaseException) -> bool:
     """Whether the error says that another rank is gone."""
     import torch
 
-    words = ("gloo", "connection", "nccl", "socket", "broken pipe", "store")
+    # whole phrases: other errors name files, and a folder may be called anything
+    words = ("gloo", "nccl", "connection closed", "connection reset", "connection refused", "broken pipe", "tcpstore")
     return isinstance(error, torch.distributed.DistError) or (
         isinstance(error, RuntimeError) and any(word in str(error).lower() for word in words)
     )

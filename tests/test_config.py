@@ -135,7 +135,7 @@ INCOMPLETE: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["dataset.files.pairs.path=", "dataset.files.demonstrations.path="],
         [PAIRS, "dataset.files.demonstrations.path=shown.jsonl", OWN_MODEL, UNSCORED, STATED],
     ),
-    "hardware=gpu_8_zero3_nvme": (["hardware.nvme_path"], ["hardware.nvme_path="], ["hardware.nvme_path=/nvme"]),
+    "hardware=gpu_8_zero3_nvme": (["offload=nvme"], ["hardware.nvme_path="], ["hardware.nvme_path=/nvme"]),
     "dataset=pku_saferlhf_30k": (["gold scorer"], ["evaluate=unscored"], ["model=alpaca_7b", UNSCORED, STATED]),
 }
 OPTIONS = sorted(
@@ -290,7 +290,7 @@ UNKNOWN = [
     ("hardware.zero_stage=4", "hardware.zero_stage", ["0", "1", "2", "3"]),
     ("hardware.dtype=fp16", "hardware.dtype", ["fp32", "bf16"]),
     ("hardware.device=tpu", "hardware.device", ["cpu", "cuda"]),
-    ("hardware.offload=nvme", "hardware.offload", ["none", "cpu"]),
+    ("hardware.offload=tape", "hardware.offload", ["none", "cpu"]),
     ("tracking.mode=shared", "tracking.mode", ["online", "offline", "disabled"]),
     ("model.sft.schedule=foo", "model.sft.schedule", ["cosine", "linear", "constant"]),
     ("constraint.utilities=[honesty]", "constraint.utilities", ["safety", "politeness"]),
