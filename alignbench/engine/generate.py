@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from alignbench.config import SamplingConfig
-from alignbench.engine import group
+from alignbench.engine import group, kv
 from alignbench.engine.batching import length_sorted
 from alignbench.engine.logprobs import progress
 
@@ -74,43 +74,50 @@ def _sample(
     seed: int,
     device: torch.device,
 ) -> list[list[int]]:
-    longest = max(len(r.ids) for r in requests)
-    input_ids = torch.full((len(requests), longest), pad_id, dtype=torch.long)
-    attention = torch.zeros((len(requests), longest + sampling.max_new_tokens), dtype=torch.long)
-    for i, request in enumerate(requests):  # left padding: the last position is the prompt's last token
-        input_ids[i, longest - len(request.ids) :] = torch.tensor(request.ids)
-        attention[i, longest - len(request.ids) :] = 1
+    prompts = list(dict.fromkeys(r.ids for r in requests))
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
+    attention = torch.zeros((len(prompts), longest + sampling.max_new_tokens), dtype=torch.long)
+    for i, ids in enumerate(prompts):  # left padding: the last position is the prompt's last token
+        input_ids[i, longest - len(ids) :] = torch.tensor(ids)
+        attention[i, longest - len(ids) :] = 1
+    padded = any(len(ids) < longest for ids in prompts)
+    attention = attention.to(device)
+    lengths = attention[:, :longest].sum(1)
+    out = policy(
+        input_ids=input_ids.to(device),
+        attention_mask=attention[:, :longest],
+        position_ids=(attention[:, :longest].cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    place = {ids: i for i, ids in enumerate(prompts)}
+    owner = torch.tensor([place[r.ids] for r in requests], device=device)
+    cache = kv.spread_prompts(out.past_key_values, owner, sampling.max_new_tokens)
+    logits, attention, lengths = out.logits[owner, -1], attention[owner], lengths[owner]
     numbers = torch.from_numpy(
         np.stack([uniforms(f"{seed}/{r.prompt_id}/{r.sample}", sampling.max_new_tokens) for r in requests])
     ).to(device)
-    attention = attention.to(device)
-    lengths = attention[:, :longest].sum(1)
-    positions = (attention[:, :longest].cumsum(1) - 1).clamp(min=0)
-    tokens = input_ids.to(device)
     drawn = torch.full((len(requests), sampling.max_new_tokens), -1, device=device)
     active = torch.arange(len(requests), device=device)  # rows of `drawn` still in the batch
-    done = torch.zeros_like(active, dtype=torch.bool)
-    cache = None
     for step in range(sampling.max_new_tokens):
+        token = draw(logits, numbers[:, step], sampling.temperature, sampling.top_p)
+        drawn[active, step] = token
+        order = kv.remaining_order(token == eos_id)
+        if step + 1 == sampling.max_new_tokens or not len(order):
+            break
+        if len(order) < len(active):  # finished ones leave at once
+            cache.batch_select_indices(order)
+            active, token, attention, numbers, lengths = (x[order] for x in (active, token, attention, numbers, lengths))
         out = policy(
-            input_ids=tokens,
-            attention_mask=attention[:, : longest + step],
-            position_ids=positions,
+            input_ids=token.unsqueeze(1),
+            attention_mask=attention[:, : longest + step + 1] if padded else None,
+            position_ids=(lengths + step).unsqueeze(1),
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=1,
         )
-        cache = out.past_key_values
-        token = draw(out.logits[:, -1], numbers[:, step], sampling.temperature, sampling.top_p)
-        drawn[active[~done], step] = token[~done]
-        done |= token == eos_id
-        if bool(done.all()):
-            break
-        if int(done.sum()) * 2 >= len(done):  # half the batch is waiting for the other half: let it go
-            kept = (~done).nonzero()[:, 0]
-            cache.batch_select_indices(kept)
-            active, token, done = active[kept], token[kept], done[kept]
-            attention, numbers, lengths = attention[kept], numbers[kept], lengths[kept]
-        tokens, positions = token.unsqueeze(1), (lengths + step).unsqueeze(1)
+        logits = out.logits[:, -1]
     return [[t for t in row if t >= 0] for row in drawn.cpu().tolist()]
 
 
