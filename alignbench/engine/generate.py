@@ -19,6 +19,9 @@ from alignbench.engine import group, kv
 from alignbench.engine.batching import length_sorted
 from alignbench.engine.logprobs import progress
 
+#: Tokens among which the nucleus is looked for first: most often it has far fewer.
+_LIKELIEST = 256
+
 
 @dataclass(frozen=True)
 class Request:
@@ -39,8 +42,9 @@ def generate(
     seed: int,
     batch: int,
     device: torch.device,
+    memory: float | None = None,
 ) -> list[list[int]]:
-    """Sample one response per request.
+    """Sample one response per request. Samples of one prompt share its forward pass where they are neighbours.
 
     Args:
         policy: A causal language model in evaluation mode on `device`.
@@ -49,8 +53,9 @@ def generate(
         eos_id: The token that ends a response; it is kept as the response's last id.
         pad_id: Any valid token id.
         seed: Together with a request's prompt_id and sample it decides the response.
-        batch: Requests per batch.
+        batch: Most requests per batch.
         device: Where the policy is.
+        memory: Bytes there are for what a batch needs beside the policy; None: unknown, batches are not bounded by it.
 
     Returns:
         Response ids in the order of `requests`; one without `eos_id` at its end was cut at max_new_tokens.
@@ -62,7 +67,35 @@ def generate(
         return found
 
     with torch.inference_mode(), progress(len(requests), "sample", "resp") as bar:
-        return group.spread(length_sorted(requests, batch, group.world()), answer)
+        batches = length_sorted(requests, batch, group.world())
+        if memory is not None:
+            # ranks go through the same batches, so the one with the least memory decides
+            batches = _within(batches, requests, min(group.gather(memory)), policy, sampling.max_new_tokens)
+        return group.spread(batches, answer)
+
+
+def _within(
+    batches: list[list[int]], requests: Sequence[Request], memory: float, policy: Any, new_tokens: int
+) -> list[list[int]]:
+    """Cut batches into pieces that fit into `memory` bytes; one request is never too many."""
+    found = []
+    for batch in batches:
+        longest = len(requests[batch[-1]].ids)  # they are sorted
+        size = max(1, int(memory / row_bytes(policy, longest + new_tokens)))
+        found += [batch[start : start + size] for start in range(0, len(batch), size)]
+    return found
+
+
+def row_bytes(policy: Any, tokens: int) -> float:
+    """Bytes that sampling a sequence of `tokens` tokens needs: its keys and values, and drawing from its logits.
+
+    One layer's block is copied at a time when blocks grow: a layer's share more. Drawing takes some four float64
+    numbers per token of the vocabulary beside the logits in fp32.
+    """
+    width = next(policy.parameters()).element_size()
+    config = policy.config.get_text_config(decoder=True)
+    grown = tokens + kv.GROWTH
+    return kv.token_bytes(policy.config, width) * grown * (1 + 1 / config.num_hidden_layers) + 36 * config.vocab_size
 
 
 def _sample(
@@ -108,7 +141,9 @@ def _sample(
             break
         if len(order) < len(active):  # finished ones leave at once
             cache.batch_select_indices(order)
-            active, token, attention, numbers, lengths = (x[order] for x in (active, token, attention, numbers, lengths))
+            active, token, attention, numbers, lengths = (
+                x[order] for x in (active, token, attention, numbers, lengths)
+            )
         out = policy(
             input_ids=token.unsqueeze(1),
             attention_mask=attention[:, : longest + step + 1] if padded else None,
@@ -128,13 +163,28 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
     """
     probabilities = torch.softmax(logits.double() / temperature, -1)
     if top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        kept = ordered.cumsum(-1) - ordered < top_p
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered * kept)
+        probabilities = probabilities * nucleus(probabilities, top_p)
     cumulative = probabilities.cumsum(-1)
     target = (uniform.double() * cumulative[:, -1]).unsqueeze(-1)
     # strictly greater: a token of probability zero is never drawn, not even at uniform = 0
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Which tokens are kept, bool (batch, vocab): the likeliest until their mass reaches `top_p`; of equals, the first.
+
+    The likeliest few are taken without sorting the vocabulary; rows that need more are sorted.
+    """
+    few = min(_LIKELIEST, probabilities.shape[-1])
+    ordered = probabilities.topk(few, dim=-1).values
+    inside = ordered.cumsum(-1) - ordered < top_p
+    if few < probabilities.shape[-1] and bool(inside[:, -1].any()):
+        ordered = probabilities.sort(dim=-1, descending=True).values
+        inside = ordered.cumsum(-1) - ordered < top_p
+    count = inside.sum(-1, keepdim=True)
+    last = ordered.gather(-1, count - 1)
+    above, equal = probabilities > last, probabilities == last
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def uniforms(name: str, count: int) -> np.ndarray:

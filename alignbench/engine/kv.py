@@ -13,7 +13,7 @@ import torch
 from transformers.cache_utils import DynamicLayer
 
 #: Tokens by which a block grows: its copying is spread over as many steps.
-_GROWTH = 64
+GROWTH = 64
 
 
 class RoomyLayer(DynamicLayer):
@@ -37,13 +37,15 @@ class RoomyLayer(DynamicLayer):
         end = self._length + key_states.shape[2]
         if end > self._blocks[0].shape[2]:
             keys, values = self.keys, self.values
-            assert keys is not None and values is not None
-            self._blocks = (_roomy(keys, end - self._length + _GROWTH), _roomy(values, end - self._length + _GROWTH))
+            assert keys is not None
+            assert values is not None
+            self._blocks = (_roomy(keys, end - self._length + GROWTH), _roomy(values, end - self._length + GROWTH))
         for block, states in zip(self._blocks, (key_states, value_states), strict=True):
             block[: self._rows, :, self._length : end] = states
         self._length = end
         self._show()
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         return self.keys, self.values
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
@@ -73,7 +75,7 @@ def spread_prompts(cache: Any, owner: torch.Tensor, most: int) -> Any:
     cache.batch_select_indices(owner)
     for i, layer in enumerate(cache.layers):
         if type(layer) is DynamicLayer:  # sliding windows keep their own, which is bounded
-            cache.layers[i] = RoomyLayer(layer.keys, layer.values, min(most, _GROWTH))
+            cache.layers[i] = RoomyLayer(layer.keys, layer.values, min(most, GROWTH))
     return cache
 
 
