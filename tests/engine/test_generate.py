@@ -15,6 +15,7 @@ from alignbench.engine import generate as module
 from alignbench.engine import kv
 from alignbench.engine.batching import Row
 from alignbench.engine.generate import Request, draw, generate
+from alignbench.engine.runtime import memory_left
 
 MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "gpt_neox": tiny.gpt_neox, "qwen2": tiny.qwen2}
 HIGHEST = 1 - 2**-53  # the largest uniform number that numpy's generator draws
@@ -132,6 +133,12 @@ def test_batches_fit_into_the_memory_and_change_no_response():
     shapes.clear()
     assert sample(model, requests[:4], batch=64, memory=0.0) == expected[:4]
     assert {rows for rows, _ in shapes} == {1}
+
+
+def test_memory_left_is_what_the_limit_leaves_beside_this_process():
+    assert memory_left(tiny.hardware(), tiny.CPU) is None
+    assert memory_left(tiny.hardware(memory_gib=1e-6), tiny.CPU) == 0
+    assert 0 < memory_left(tiny.hardware(memory_gib=1000.0), tiny.CPU) < 0.9 * 1000 * 2**30
 
 
 @pytest.mark.parametrize("name", MODELS)
