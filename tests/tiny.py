@@ -80,6 +80,24 @@ def gpt_neox(seed=0):
     return enlarge(GPTNeoXForCausalLM(config))
 
 
+def qwen2(seed=0):
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    config = Qwen2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        max_position_embeddings=64,
+        eos_token_id=EOS,
+        bos_token_id=None,
+    )
+    return enlarge(Qwen2ForCausalLM(config))
+
+
 def save(model, folder):
     """Save `model` with the tiny tokenizer; returns the folder."""
     policies.save_policy(model, tokenizer(), folder)

@@ -151,11 +151,16 @@ class Sequenced(Protocol):
 def length_sorted(rows: Sequence[Sequenced], batch: int, ranks: int = 1) -> list[list[int]]:
     """Indices of `rows` in batches of similar length (least padding); the order is deterministic.
 
+    Equal rows are neighbours: samples of one prompt fall into one batch, or into as few as possible.
+
     Args:
         rows: What is to be batched.
         batch: Most rows in a batch.
         ranks: How many processes share the batches: they are made small enough for each to get one.
     """
-    order = np.argsort([len(row.ids) for row in rows], kind="stable").tolist()
+    first: dict[tuple[int, ...], int] = {}
+    for i, row in enumerate(rows):
+        first.setdefault(tuple(row.ids), i)
+    order = sorted(range(len(rows)), key=lambda i: (len(rows[i].ids), first[tuple(rows[i].ids)], i))
     size = max(1, min(batch, -(-len(rows) // ranks)))
     return [order[start : start + size] for start in range(0, len(order), size)]

@@ -15,9 +15,12 @@ import numpy as np
 import torch
 
 from alignbench.config import SamplingConfig
-from alignbench.engine import group
+from alignbench.engine import group, kv
 from alignbench.engine.batching import length_sorted
 from alignbench.engine.logprobs import progress
+
+#: Tokens among which the nucleus is looked for first: most often it has far fewer.
+_LIKELIEST = 256
 
 
 @dataclass(frozen=True)
@@ -39,8 +42,9 @@ def generate(
     seed: int,
     batch: int,
     device: torch.device,
+    memory: float | None = None,
 ) -> list[list[int]]:
-    """Sample one response per request.
+    """Sample one response per request. Samples of one prompt share its forward pass where they are neighbours.
 
     Args:
         policy: A causal language model in evaluation mode on `device`.
@@ -49,8 +53,9 @@ def generate(
         eos_id: The token that ends a response; it is kept as the response's last id.
         pad_id: Any valid token id.
         seed: Together with a request's prompt_id and sample it decides the response.
-        batch: Requests per batch.
+        batch: Most requests per batch.
         device: Where the policy is.
+        memory: Bytes there are for what a batch needs beside the policy; None: unknown, batches are not bounded by it.
 
     Returns:
         Response ids in the order of `requests`; one without `eos_id` at its end was cut at max_new_tokens.
@@ -62,7 +67,35 @@ def generate(
         return found
 
     with torch.inference_mode(), progress(len(requests), "sample", "resp") as bar:
-        return group.spread(length_sorted(requests, batch, group.world()), answer)
+        batches = length_sorted(requests, batch, group.world())
+        if memory is not None:
+            # ranks go through the same batches, so the one with the least memory decides
+            batches = _within(batches, requests, min(group.gather(memory)), policy, sampling.max_new_tokens)
+        return group.spread(batches, answer)
+
+
+def _within(
+    batches: list[list[int]], requests: Sequence[Request], memory: float, policy: Any, new_tokens: int
+) -> list[list[int]]:
+    """Cut batches into pieces that fit into `memory` bytes; one request is never too many."""
+    found = []
+    for batch in batches:
+        longest = len(requests[batch[-1]].ids)  # they are sorted
+        size = max(1, int(memory / row_bytes(policy, longest + new_tokens)))
+        found += [batch[start : start + size] for start in range(0, len(batch), size)]
+    return found
+
+
+def row_bytes(policy: Any, tokens: int) -> float:
+    """Bytes that sampling a sequence of `tokens` tokens needs: its keys and values, and drawing from its logits.
+
+    One layer's block is copied at a time when blocks grow: a layer's share more. Drawing takes some four float64
+    numbers per token of the vocabulary beside the logits in fp32.
+    """
+    width = next(policy.parameters()).element_size()
+    config = policy.config.get_text_config(decoder=True)
+    grown = tokens + kv.GROWTH
+    return kv.token_bytes(policy.config, width) * grown * (1 + 1 / config.num_hidden_layers) + 36 * config.vocab_size
 
 
 def _sample(
@@ -74,43 +107,52 @@ def _sample(
     seed: int,
     device: torch.device,
 ) -> list[list[int]]:
-    longest = max(len(r.ids) for r in requests)
-    input_ids = torch.full((len(requests), longest), pad_id, dtype=torch.long)
-    attention = torch.zeros((len(requests), longest + sampling.max_new_tokens), dtype=torch.long)
-    for i, request in enumerate(requests):  # left padding: the last position is the prompt's last token
-        input_ids[i, longest - len(request.ids) :] = torch.tensor(request.ids)
-        attention[i, longest - len(request.ids) :] = 1
+    prompts = list(dict.fromkeys(r.ids for r in requests))
+    longest = max(map(len, prompts))
+    input_ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
+    attention = torch.zeros((len(prompts), longest + sampling.max_new_tokens), dtype=torch.long)
+    for i, ids in enumerate(prompts):  # left padding: the last position is the prompt's last token
+        input_ids[i, longest - len(ids) :] = torch.tensor(ids)
+        attention[i, longest - len(ids) :] = 1
+    padded = any(len(ids) < longest for ids in prompts)
+    attention = attention.to(device)
+    lengths = attention[:, :longest].sum(1)
+    out = policy(
+        input_ids=input_ids.to(device),
+        attention_mask=attention[:, :longest],
+        position_ids=(attention[:, :longest].cumsum(1) - 1).clamp(min=0),
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    place = {ids: i for i, ids in enumerate(prompts)}
+    owner = torch.tensor([place[r.ids] for r in requests], device=device)
+    cache = kv.spread_prompts(out.past_key_values, owner, sampling.max_new_tokens)
+    logits, attention, lengths = out.logits[owner, -1], attention[owner], lengths[owner]
     numbers = torch.from_numpy(
         np.stack([uniforms(f"{seed}/{r.prompt_id}/{r.sample}", sampling.max_new_tokens) for r in requests])
     ).to(device)
-    attention = attention.to(device)
-    lengths = attention[:, :longest].sum(1)
-    positions = (attention[:, :longest].cumsum(1) - 1).clamp(min=0)
-    tokens = input_ids.to(device)
     drawn = torch.full((len(requests), sampling.max_new_tokens), -1, device=device)
     active = torch.arange(len(requests), device=device)  # rows of `drawn` still in the batch
-    done = torch.zeros_like(active, dtype=torch.bool)
-    cache = None
     for step in range(sampling.max_new_tokens):
+        token = draw(logits, numbers[:, step], sampling.temperature, sampling.top_p)
+        drawn[active, step] = token
+        order = kv.remaining_order(token == eos_id)
+        if step + 1 == sampling.max_new_tokens or not len(order):
+            break
+        if len(order) < len(active):  # finished ones leave at once
+            cache.batch_select_indices(order)
+            active, token, attention, numbers, lengths = (
+                x[order] for x in (active, token, attention, numbers, lengths)
+            )
         out = policy(
-            input_ids=tokens,
-            attention_mask=attention[:, : longest + step],
-            position_ids=positions,
+            input_ids=token.unsqueeze(1),
+            attention_mask=attention[:, : longest + step + 1] if padded else None,
+            position_ids=(lengths + step).unsqueeze(1),
             past_key_values=cache,
             use_cache=True,
+            logits_to_keep=1,
         )
-        cache = out.past_key_values
-        token = draw(out.logits[:, -1], numbers[:, step], sampling.temperature, sampling.top_p)
-        drawn[active[~done], step] = token[~done]
-        done |= token == eos_id
-        if bool(done.all()):
-            break
-        if int(done.sum()) * 2 >= len(done):  # half the batch is waiting for the other half: let it go
-            kept = (~done).nonzero()[:, 0]
-            cache.batch_select_indices(kept)
-            active, token, done = active[kept], token[kept], done[kept]
-            attention, numbers, lengths = attention[kept], numbers[kept], lengths[kept]
-        tokens, positions = token.unsqueeze(1), (lengths + step).unsqueeze(1)
+        logits = out.logits[:, -1]
     return [[t for t in row if t >= 0] for row in drawn.cpu().tolist()]
 
 
@@ -121,13 +163,28 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
     """
     probabilities = torch.softmax(logits.double() / temperature, -1)
     if top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
-        kept = ordered.cumsum(-1) - ordered < top_p
-        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered * kept)
+        probabilities = probabilities * nucleus(probabilities, top_p)
     cumulative = probabilities.cumsum(-1)
     target = (uniform.double() * cumulative[:, -1]).unsqueeze(-1)
     # strictly greater: a token of probability zero is never drawn, not even at uniform = 0
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
+
+
+def nucleus(probabilities: torch.Tensor, top_p: float) -> torch.Tensor:
+    """Which tokens are kept, bool (batch, vocab): the likeliest until their mass reaches `top_p`; of equals, the first.
+
+    The likeliest few are taken without sorting the vocabulary; rows that need more are sorted.
+    """
+    few = min(_LIKELIEST, probabilities.shape[-1])
+    ordered = probabilities.topk(few, dim=-1).values
+    inside = ordered.cumsum(-1) - ordered < top_p
+    if few < probabilities.shape[-1] and bool(inside[:, -1].any()):
+        ordered = probabilities.sort(dim=-1, descending=True).values
+        inside = ordered.cumsum(-1) - ordered < top_p
+    count = inside.sum(-1, keepdim=True)
+    last = ordered.gather(-1, count - 1)
+    above, equal = probabilities > last, probabilities == last
+    return above | (equal & (equal.cumsum(-1) <= count - above.sum(-1, keepdim=True)))
 
 
 def uniforms(name: str, count: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from alignbench.config import HardwareConfig
@@ -109,6 +110,24 @@ def deepspeed_config(hardware: HardwareConfig, *, clip: float) -> dict[str, Any]
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     return config
+
+
+def memory_left(hardware: HardwareConfig, device: torch.device) -> float | None:
+    """Bytes that this process may still take on `device`, with a tenth kept back; None where no limit is known.
+
+    Of a GPU the driver says it, `memory_gib` lowers it; on a CPU `memory_gib` is the only limit.
+    """
+    limits = []
+    if device.type == "cuda":
+        # what torch's allocator holds and does not use is free to us as well
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        limits.append(torch.cuda.mem_get_info(device)[0] + unused)
+        used = torch.cuda.memory_allocated(device)
+    else:
+        used = psutil.Process().memory_info().rss
+    if hardware.memory_gib is not None:
+        limits.append(max(0, int(hardware.memory_gib * 2**30) - used))
+    return 0.9 * min(limits) if limits else None
 
 
 def derive_seed(seed: int, *purpose: str | int) -> int:

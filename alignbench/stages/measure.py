@@ -15,7 +15,7 @@ from alignbench.engine import group
 from alignbench.engine.batching import Row
 from alignbench.engine.generate import Request, generate
 from alignbench.engine.logprobs import sequence_logprobs
-from alignbench.engine.runtime import derive_seed, device_of, dtype_of, peak_memory
+from alignbench.engine.runtime import derive_seed, device_of, dtype_of, memory_left, peak_memory
 from alignbench.errors import DataError
 from alignbench.jsonio import write_json, write_jsonl
 from alignbench.models import policy as policies
@@ -82,8 +82,9 @@ def _sample(ctx: Context) -> None:
     ]
     started = time.perf_counter()
     with peak_memory(ctx.cost, device):
+        policy = policies.load_policy(folder, dtype_of(hardware), device)
         responses = generate(
-            policies.load_policy(folder, dtype_of(hardware), device),
+            policy,
             requests,
             sampling=spec.sampling,
             eos_id=tokenizer.eos_token_id,
@@ -91,6 +92,7 @@ def _sample(ctx: Context) -> None:
             seed=derive_seed(ctx.seed, "sample"),
             batch=hardware.generation_batch,
             device=device,
+            memory=memory_left(hardware, device),
         )
     text = {p["prompt_id"]: p["prompt"] for p in prompts}
     write_jsonl(

@@ -12,10 +12,12 @@ from scipy import stats
 
 from alignbench.config import SamplingConfig
 from alignbench.engine import generate as module
+from alignbench.engine import kv
 from alignbench.engine.batching import Row
 from alignbench.engine.generate import Request, draw, generate
+from alignbench.engine.runtime import memory_left
 
-MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "gpt_neox": tiny.gpt_neox}
+MODELS = {"llama": tiny.llama, "gpt2": tiny.gpt2, "gpt_neox": tiny.gpt_neox, "qwen2": tiny.qwen2}
 HIGHEST = 1 - 2**-53  # the largest uniform number that numpy's generator draws
 
 
@@ -34,16 +36,16 @@ def frequent_eos(model):
     return model
 
 
-def sample(model, requests, *, batch=8, seed=7, most=12, temperature=1.0, top_p=1.0, pad_id=tiny.PAD, eos_id=tiny.EOS):
+def sample(model, requests, *, batch=8, seed=7, most=12, temperature=1.0, top_p=1.0, memory=None, **tokens):
     return generate(
         model,
         requests,
         sampling=SamplingConfig(max_new_tokens=most, temperature=temperature, top_p=top_p),
-        eos_id=eos_id,
-        pad_id=pad_id,
+        **({"eos_id": tiny.EOS, "pad_id": tiny.PAD} | tokens),
         seed=seed,
         batch=batch,
         device=tiny.CPU,
+        memory=memory,
     )
 
 
@@ -60,6 +62,107 @@ def test_batch_order_company_and_pad_id_change_no_response(name, ending):
     assert sample(model, [requests[i] for i in order], batch=5) == [alone[i] for i in order]
     assert sample(model, requests[::4], batch=64) == alone[::4]
     assert sample(model, requests, batch=7, pad_id=tiny.EOS) == alone
+
+
+def plainly(model, request, seed, most, temperature, top_p):
+    """One response by whole forward passes of one unpadded row: no cache, no batch."""
+    ids, numbers = list(request.ids), module.uniforms(f"{seed}/{request.prompt_id}/{request.sample}", most)
+    for number in numbers:
+        with torch.no_grad():
+            row = torch.softmax(model(torch.tensor([ids]), use_cache=False).logits[0, -1].double() / temperature, -1)
+        if top_p < 1:
+            ordered, order = row.sort(descending=True, stable=True)
+            row = torch.zeros_like(row).scatter(0, order, ordered * (ordered.cumsum(0) - ordered < top_p))
+        ids.append(int(torch.searchsorted(row.cumsum(0), number * row.sum(), right=True)))
+        if ids[-1] == tiny.EOS:
+            break
+    return ids[len(request.ids) :]
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.9)])
+@pytest.mark.parametrize("name", MODELS)
+def test_responses_are_those_of_decoding_one_row_at_a_time(name, temperature, top_p, monkeypatch):
+    monkeypatch.setattr(kv, "GROWTH", 5)  # blocks grow twice
+    model, requests = frequent_eos(MODELS[name]()), prompts(5)
+    expected = [plainly(model, request, 7, 12, temperature, top_p) for request in requests]
+    assert sample(model, requests, batch=64, temperature=temperature, top_p=top_p) == expected
+    # batches cut through a prompt's samples
+    assert sample(model, requests, batch=4, temperature=temperature, top_p=top_p) == expected
+
+
+def test_a_sliding_window_is_kept():
+    from transformers import MistralConfig, MistralForCausalLM
+
+    torch.manual_seed(3)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = MistralConfig(
+        vocab_size=tiny.VOCABULARY, num_key_value_heads=1, sliding_window=6, bos_token_id=None, eos_token_id=0, **shape
+    )
+    model, requests = frequent_eos(tiny.enlarge(MistralForCausalLM(config))), prompts(5)
+    assert sample(model, requests, batch=64) == [plainly(model, request, 7, 12, 1.0, 1.0) for request in requests]
+
+
+def calls(model):
+    """Shapes of the token ids of every forward pass from now on."""
+    shapes = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    return shapes
+
+
+def test_a_prompt_is_computed_once_for_its_samples_and_finished_rows_are_not_computed():
+    model = frequent_eos(tiny.llama())
+    shapes, requests = calls(model), prompts(3, samples=6)
+    order = np.random.default_rng(1).permutation(len(requests))
+    responses = sample(model, [requests[i] for i in order], batch=64)
+    assert shapes[0] == (3, max(len(r.ids) for r in requests))
+    # a token is computed if another is drawn after it
+    rows = [sum(len(ids) > step for ids in responses) for step in range(1, 12)]
+    assert shapes[1:] == [(count, 1) for count in rows if count]
+    assert min(rows) < len(requests)
+
+
+def test_batches_fit_into_the_memory_and_change_no_response():
+    model, requests = tiny.llama(), prompts(6)
+    expected, shapes = sample(model, requests), calls(model)
+    longest = max(len(r.ids) for r in requests)
+    room = 4 * module.row_bytes(model, longest + 12)
+    assert sample(model, requests, batch=64, memory=room) == expected
+    assert 4 <= max(rows for rows, tokens in shapes if tokens == 1) < len(requests)
+    shapes.clear()
+    assert sample(model, requests[:4], batch=64, memory=0.0) == expected[:4]
+    assert {rows for rows, _ in shapes} == {1}
+
+
+def test_memory_left_is_what_the_limit_leaves_beside_this_process():
+    assert memory_left(tiny.hardware(), tiny.CPU) is None
+    assert memory_left(tiny.hardware(memory_gib=1e-6), tiny.CPU) == 0
+    assert 0 < memory_left(tiny.hardware(memory_gib=1000.0), tiny.CPU) < 0.9 * 1000 * 2**30
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_bytes_of_keys_and_values_are_those_of_the_cache(name):
+    model = MODELS[name]()
+    with torch.no_grad():
+        cache = model(torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+    held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert kv.token_bytes(model.config, 4) * 3 == held
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), min_size=1, max_size=20))
+def test_finished_rows_give_way_to_the_last_ones(done):
+    rows = torch.arange(len(done))
+    order = kv.remaining_order(torch.tensor(done))
+    assert sorted(order.tolist()) == rows[~torch.tensor(done)].tolist()
+    keys = rows[:, None, None, None] * torch.ones(1, 2, 3, 4)
+    layer = kv.RoomyLayer(keys, -keys, room=1)
+    layer.batch_select_indices(order)
+    more = torch.full((len(order), 2, 2, 4), 99.0)
+    found = layer.update(more, -more)
+    for sign, tensor in zip((1, -1), found, strict=True):
+        assert torch.equal(sign * tensor, torch.cat([keys[order], more], 2))
 
 
 def test_seed_prompt_and_sample_index_each_change_the_response():
@@ -225,3 +328,22 @@ def test_temperature_towards_zero_is_argmax(values, uniform):
 def test_a_token_of_probability_zero_is_never_drawn(values, uniform, top_p):
     drawn = int(draw(torch.tensor([values]), torch.tensor([uniform], dtype=torch.float64), 1.0, top_p))
     assert values[drawn] > -math.inf
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.lists(st.integers(0, 3), min_size=9, max_size=9), min_size=1, max_size=4),
+    st.floats(0.05, 0.99),
+    st.integers(1, 9),
+)
+def test_the_nucleus_is_that_of_a_stable_sort(values, top_p, few):
+    """Many equal probabilities, and fewer looked at first than the nucleus may have."""
+    probabilities = torch.softmax(torch.tensor(values).double(), -1)
+    ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    expected = torch.zeros_like(probabilities, dtype=torch.bool)
+    expected.scatter_(-1, order, ordered.cumsum(-1) - ordered < top_p)
+    before, module._LIKELIEST = module._LIKELIEST, few
+    try:
+        assert torch.equal(module.nucleus(probabilities, top_p), expected)
+    finally:
+        module._LIKELIEST = before
