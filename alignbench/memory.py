@@ -18,7 +18,7 @@ from alignbench.hardware import HardwareConfig
 OVERHEAD = {"cpu": 480 * 2**20, "cuda": 1024 * 2**20}
 #: What tensors that come and go take, over their sizes: the C library's heap keeps holes (measured likewise). A GPU's
 #: caching allocator is left to the margin of `hardware=auto`.
-SLACK = {"cpu": 1.6, "cuda": 1.0}
+SLACK = {"cpu": 2.0, "cuda": 1.0}
 #: Elements that DeepSpeed 0.19 reduces at once, and parameters that ZeRO-3 keeps gathered: its defaults.
 _BUCKET, _LIVE = 5e8, 1e9
 

@@ -82,7 +82,9 @@ def check_fits(lab: PlanLab) -> None:
         ConfigError: with the stage, both figures and what would lower the first.
     """
     device = memory_limit(lab.config.hardware)
-    host = device if lab.config.hardware.device == "cpu" else float(psutil.virtual_memory().total)
+    # of a device that is only stated nothing is known of the machine around it
+    known = lab.config.hardware.device == "cuda" and lab.config.hardware.memory_gib is None
+    host = float(psutil.virtual_memory().total) if known else device
     for node in lab.nodes.values():
         estimate = lab.estimates[node.key]
         needed, limit = estimate.memory_bytes, host if estimate.on_host else device

@@ -212,7 +212,7 @@ MORE: list[tuple[str, str, Callable[[Totals], float]]] = [
     ("method.safety_step.loss=dpo", "method.safety_step.loss=kto", lambda t: t.scored),
     ("model.architecture.layers=2", "model.architecture.layers=8", lambda t: t.flops),
     ("model.architecture.layers=2", "model.architecture.layers=8", lambda t: t.memory),
-    ("hardware.generation_batch=64", "hardware.generation_batch=256", lambda t: t.memory),
+    ("hardware.generation_batch=64", "hardware.generation_batch=2048", lambda t: t.memory),
     ("method=dpo_helpful", "method=sacpo", lambda t: t.trained),
     ("method=sft", "method=dpo_helpful", lambda t: t.flops),
 ]
