@@ -21,14 +21,16 @@ from omegaconf import DictConfig, OmegaConf
 
 from alignbench.config import Config, run_id
 from alignbench.errors import AlignbenchError, ConfigError
+from alignbench.hardware import register_resolvers
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 SWEEP_ENV = "ALIGNBENCH_SWEEP"
 
 
 def register() -> None:
-    """Give Hydra the schema, and the resolver that names a run's folder."""
+    """Give Hydra the schema, and the resolvers that name a run's folder and look at this machine."""
     ConfigStore.instance().store(name="base_config", node=Config)
+    register_resolvers()
     OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True, use_cache=False)
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, OmegaConf
 
 from alignbench.errors import ConfigError
 
@@ -26,6 +28,7 @@ _COUNTS = (
 class HardwareConfig:
     """Where and how stages run; nothing here but `dtype` changes a number beyond rounding."""
 
+    auto: bool = False
     device: str = MISSING
     dtype: str = MISSING
     processes: int = 1
@@ -50,6 +53,24 @@ class HardwareConfig:
     checkpoint_every: int = MISSING
     flops_per_second: float = MISSING
     memory_gib: float | None = None
+
+
+def register_resolvers() -> None:
+    """Give `conf/hardware/auto.yaml` what it asks of this machine."""
+    choices: dict[str, Callable[..., Any]] = {
+        "device_here": lambda: "cuda" if _gpus() else "cpu",
+        "dtype_for": lambda device: "bf16" if device == "cuda" else "fp32",
+        "processes_for": lambda device: max(1, _gpus()) if device == "cuda" else 1,
+        "flops_for": lambda device: 3.0e14 if device == "cuda" else 6.0e10,
+    }
+    for name, choice in choices.items():
+        OmegaConf.register_new_resolver(name, choice, replace=True)
+
+
+def _gpus() -> int:
+    import torch  # where no GPU is asked about, composing a configuration need not wait for it
+
+    return torch.cuda.device_count() if torch.cuda.is_available() else 0
 
 
 def check_hardware(hardware: HardwareConfig) -> None:

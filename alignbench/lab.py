@@ -31,7 +31,7 @@ from alignbench.stages.evaluate import EvaluateSpec
 from alignbench.stages.explore import BonusSpec, FeaturesSpec, JoinSpec, TiltSpec
 from alignbench.stages.listed import DrawSpec, ListedWorldSpec, ListSpec, LookupSpec
 from alignbench.stages.measure import LogProbsSpec, SampleSpec, ScoreSpec
-from alignbench.stages.policies import BaseSpec, MergeSpec, PreferSpec, SftSpec, parameter_count
+from alignbench.stages.policies import BaseSpec, MergeSpec, PreferSpec, SftSpec
 from alignbench.stages.relabel import AnnotateSpec, ImplicitSpec, RelabelSpec
 from alignbench.worlds.handbook import WorldSpec
 
@@ -90,9 +90,10 @@ class Lab(LabBase):
             spec, inputs = BaseSpec(model.architecture, None), {"data": data}
         else:
             spec, inputs = BaseSpec(None, self._model_fingerprint), {}
-        shape = {"parameters": parameter_count(self._shape)}
         # a model that is brought in is the same under every seed
-        base = self._run(stages.BASE, spec, inputs, "base", seed=None if model.path is None else 0, hints=shape)
+        base = self._run(
+            stages.BASE, spec, inputs, "base", seed=None if model.path is None else 0, hints={"shape": self._shape}
+        )
         if model.sft is None:
             return base
         return self._run(

@@ -45,7 +45,7 @@ class Node:
     label: str
     identity: Identity
     inputs: dict[str, Node]
-    hints: dict[str, float] = field(default_factory=dict)
+    hints: dict[str, Any] = field(default_factory=dict)
     artifact: Artifact | None = None
     built: bool = False
     seconds: float = 0.0
@@ -160,7 +160,7 @@ class LabBase:
         label: str,
         *,
         seed: int | None = None,
-        hints: Mapping[str, float] | None = None,
+        hints: Mapping[str, Any] | None = None,
     ) -> Node:
         """The node of (stage, spec, inputs, seed): known, found in the store, or built now."""
         identity = Identity(

@@ -7,7 +7,7 @@ that cannot fit before a model is loaded.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import psutil
@@ -37,6 +37,14 @@ class PlanLab(Lab):
     def _facts(self, node: Node) -> Facts:
         return self.estimates[node.key].facts
 
+    def estimated(self, hardware: HardwareConfig) -> dict[str, Estimate]:
+        """The estimates of the stages gone through, by key, on other hardware."""
+        runtime, found = replace(self.runtime, hardware=hardware), dict[str, Estimate]()
+        for key, node in self.nodes.items():
+            facts = {role: found[source.key].facts for role, source in node.inputs.items()}
+            found[key] = node.stage.estimate(node.identity.spec, facts, runtime, node.hints)
+        return found
+
 
 def seconds_of(estimate: Estimate, hardware: HardwareConfig, *, parallel: bool = True) -> float:
     """Expected wall time of a stage that is not cached; `parallel`: the processes share its work."""
@@ -53,7 +61,7 @@ def memory_limit(hardware: HardwareConfig) -> float:
         import torch
 
         return float(torch.cuda.get_device_properties(0).total_memory) if torch.cuda.is_available() else 80 * 2**30
-    return float(psutil.virtual_memory().total)
+    return psutil.virtual_memory().total / (hardware.processes // hardware.nodes)
 
 
 _LOWER = {
@@ -73,16 +81,20 @@ def check_fits(lab: PlanLab) -> None:
     Raises:
         ConfigError: with the stage, both figures and what would lower the first.
     """
-    limit = memory_limit(lab.config.hardware)
+    device = memory_limit(lab.config.hardware)
+    # of a device that is only stated nothing is known of the machine around it
+    known = lab.config.hardware.device == "cuda" and lab.config.hardware.memory_gib is None
+    host = float(psutil.virtual_memory().total) if known else device
     for node in lab.nodes.values():
-        needed = lab.estimates[node.key].memory_bytes
+        estimate = lab.estimates[node.key]
+        needed, limit = estimate.memory_bytes, host if estimate.on_host else device
         if node.artifact is None and needed > limit:
             raise ConfigError(
                 f"stage '{node.label}' needs about {needed / 2**30:.1f} GiB in one process; "
                 f"{limit / 2**30:.1f} GiB are there",
                 where="hardware",
                 mend=f"{_LOWER.get(node.stage.name, _LOWER_TRAINING)}, "
-                "or take a larger device (hardware.memory_gib states a known one)",
+                "or take a larger device (hardware.memory_gib states a known one); hardware=auto looks for what fits",
             )
 
 

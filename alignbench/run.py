@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -15,8 +16,9 @@ from rich.console import Console
 
 from alignbench import nodes, slots
 from alignbench import record as records
+from alignbench.choose import choose, largest_processes
 from alignbench.cli import SWEEP_ENV
-from alignbench.config import Config, problem_of, recorded, resolve, run_id, validate
+from alignbench.config import Config, TrackingConfig, problem_of, recorded, resolve, run_id, validate
 from alignbench.engine.runtime import device_of
 from alignbench.errors import ConfigError, RankError
 from alignbench.jsonio import write_jsonl
@@ -43,11 +45,12 @@ def execute(composed: DictConfig) -> float:
         The reported policy's mean reward (for a sweeper), 0 for a plan or without scores.
     """
     config, settings = resolve(composed)
+    console = Console(width=None if Console().is_terminal else 200)
+    store = Store(Path(config.store_dir), on_message=lambda message: log.warning("store: %s", message))
+    settle_hardware(composed, config, settings, store, console)
     validate(config, settings)
     tuned_by = _tuning(config.tuned_by, composed)
-    console = Console(width=None if Console().is_terminal else 200)
     identity = run_id(composed)
-    store = Store(Path(config.store_dir), on_message=lambda message: log.warning("store: %s", message))
     tracker = Tracker(
         config.tracking,
         run_id=identity,
@@ -92,6 +95,18 @@ def execute(composed: DictConfig) -> float:
     _say_where(record, path, console)
     reward = record["rows"][outcome.reported]["metrics"].get("reward")
     return 0.0 if reward is None else float(reward["mean"])
+
+
+def settle_hardware(composed: DictConfig, config: Config, settings: Any, store: Store, console: Console) -> None:
+    """Replace `hardware=auto` by what it chooses, in `config` and, for the record, in `composed`."""
+    if not config.hardware.auto:
+        return
+    config.hardware = largest_processes(config.hardware, config.model, settings)
+    validate(config, settings)
+    # a plan mirrors nothing
+    off = Tracker(TrackingConfig("disabled"), run_id="", group="", job_type="", config={}, folder=Path())
+    config.hardware = choose(planned(config, settings, store, off), console)
+    OmegaConf.update(composed, "hardware", dataclasses.asdict(config.hardware))
 
 
 def planned(config: Config, settings: Any, store: Store, tracker: Tracker) -> PlanLab:

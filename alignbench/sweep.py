@@ -155,13 +155,16 @@ def _name(config: DictConfig) -> str:
 
 def _graph(composed: DictConfig) -> dict[str, Any]:
     """The stage graph of one run of the sweep."""
+    from rich.console import Console
+
     from alignbench.config import resolve
     from alignbench.plan import graph_of
-    from alignbench.run import planned
+    from alignbench.run import planned, settle_hardware
     from alignbench.store import Store
     from alignbench.tracking import Tracker
 
     config, settings = resolve(composed)
+    settle_hardware(composed, config, settings, Store(Path(config.store_dir)), Console(quiet=True))
     tracker = Tracker(config.tracking, run_id="", group="", job_type="", config={}, folder=Path(config.output_dir))
     return graph_of(planned(config, settings, Store(Path(config.store_dir)), tracker))
 

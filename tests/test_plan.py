@@ -27,7 +27,7 @@ from alignbench.plan import START_SECONDS, PlanLab, check_fits, graph_of, memory
 from alignbench.record import read_records
 from alignbench.run import execute
 from alignbench.stages.policies import PreferSpec
-from alignbench.stages.stage import Estimate, Runtime, training_cost
+from alignbench.stages.stage import Estimate, Facts, Runtime, training_cost
 from alignbench.store import Store
 from alignbench.tracking import Tracker
 
@@ -212,7 +212,7 @@ MORE: list[tuple[str, str, Callable[[Totals], float]]] = [
     ("method.safety_step.loss=dpo", "method.safety_step.loss=kto", lambda t: t.scored),
     ("model.architecture.layers=2", "model.architecture.layers=8", lambda t: t.flops),
     ("model.architecture.layers=2", "model.architecture.layers=8", lambda t: t.memory),
-    ("hardware.generation_batch=64", "hardware.generation_batch=256", lambda t: t.memory),
+    ("hardware.generation_batch=64", "hardware.generation_batch=2048", lambda t: t.memory),
     ("method=dpo_helpful", "method=sacpo", lambda t: t.trained),
     ("method=sft", "method=dpo_helpful", lambda t: t.flops),
 ]
@@ -265,7 +265,7 @@ def test_offload_needs_less_device_memory(tmp_path: Path) -> None:
 def test_training_cost_is_monotone(parameters: float, share: float, tokens: float, factor: float) -> None:
     def cost(size: float, trainable: float, count: float) -> tuple[float, float]:
         return training_cost(
-            parameters=size, trainable=trainable, tokens=count, row_tokens=100, rows=8, runtime=runtime()
+            start=Facts(parameters=size), trainable=trainable, tokens=count, row_tokens=100, batch=8, runtime=runtime()
         )
 
     flops, memory = cost(parameters, parameters, tokens)

@@ -223,7 +223,9 @@ def _features_estimate(
 ) -> Estimate:
     pairs = inputs["pairs"]
     tokens = pairs.rows * pairs.tokens
-    return scoring_estimate(tokens, pairs.tokens / 2, pairs.rows, inputs["policy"].parameters, runtime)
+    return scoring_estimate(
+        tokens, pairs.tokens / 2, pairs.rows, inputs["policy"], runtime, longest=spec.tokens.max_length
+    )
 
 
 FEATURES = register(Stage("features", 1, "features", FeaturesSpec, _features, _features_estimate, parallel=True))
@@ -388,7 +390,7 @@ def _tilt_estimate(
     pairs, responses = inputs["pairs"], inputs["responses"]
     tokens = pairs.rows * pairs.tokens + responses.rows * responses.tokens
     kept = hints["prompts"] * spec.samples
-    found = scoring_estimate(tokens, responses.tokens, kept, inputs["policy"].parameters, runtime)
+    found = scoring_estimate(tokens, responses.tokens, kept, inputs["policy"], runtime)
     return replace(found, facts=Facts(rows=kept, tokens=responses.tokens))
 
 

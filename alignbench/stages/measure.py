@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from alignbench import memory
 from alignbench.config import SamplingConfig
 from alignbench.data.tokenize import TruncationReport
 from alignbench.engine import group
@@ -27,7 +28,6 @@ from alignbench.stages.stage import (
     Facts,
     Runtime,
     Stage,
-    inference_memory,
     register,
     scoring_estimate,
 )
@@ -118,13 +118,20 @@ def _sample_estimate(
 ) -> Estimate:
     rows = hints["prompts"] * spec.samples
     length = min(spec.sampling.max_new_tokens, WORLD_RESPONSE_TOKENS if spec.tokens.max_length <= 128 else 256)
-    tokens, parameters = rows * length, inputs["policy"].parameters
-    in_flight = runtime.hardware.generation_batch * spec.tokens.max_length
+    tokens, policy, hardware = rows * length, inputs["policy"], runtime.hardware
+    peak = memory.sampling_peak(
+        policy.shape,
+        policy.parameters,
+        min(hardware.generation_batch, rows),
+        spec.tokens.max_prompt_length,
+        spec.sampling.max_new_tokens,
+        hardware,
+    )
     return Estimate(
         Facts(rows=rows, tokens=length + spec.tokens.max_prompt_length / 2),
         generated_tokens=tokens,
-        flops=2 * parameters * tokens,
-        memory_bytes=inference_memory(parameters, in_flight, runtime),
+        flops=2 * policy.parameters * tokens,
+        memory_bytes=memory.OVERHEAD[hardware.device] + peak,
         overhead_seconds=1.0,
     )
 
@@ -288,7 +295,7 @@ def _logprobs_estimate(
     rows = inputs["rows"]
     tokens = rows.rows * rows.tokens * (2 if spec.mismatched else 1)
     per_row = rows.tokens / 2 if spec.table == "pairs" else rows.tokens
-    return scoring_estimate(tokens, per_row, rows.rows, inputs["policy"].parameters, runtime)
+    return scoring_estimate(tokens, per_row, rows.rows, inputs["policy"], runtime, longest=spec.tokens.max_length)
 
 
 LOGPROBS = register(Stage("logprobs", 1, "logprobs", LogProbsSpec, _logprobs, _logprobs_estimate, parallel=True))

@@ -86,7 +86,9 @@ BASE = register(
         "policy",
         BaseSpec,
         _base,
-        lambda spec, inputs, runtime, hints: Estimate(Facts(parameters=hints["parameters"]), overhead_seconds=1.0),
+        lambda spec, inputs, runtime, hints: Estimate(
+            Facts(parameters=parameter_count(hints["shape"]), shape=hints["shape"]), overhead_seconds=1.0
+        ),
     )
 )
 
@@ -111,7 +113,7 @@ def _sft(ctx: Context) -> None:
 
 
 def _sft_estimate(spec: SftSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]) -> Estimate:
-    return training_estimate(spec.train, inputs["start"], inputs["data"], runtime, hints)
+    return training_estimate(spec, inputs["start"], inputs["data"], runtime, hints, sequences=1)
 
 
 SFT = register(Stage("sft", 1, "policy", SftSpec, _sft, _sft_estimate, parallel=True))
@@ -138,7 +140,7 @@ MERGE = register(
         MergeSpec,
         _merge,
         lambda spec, inputs, runtime, hints: Estimate(
-            inputs["policy_0"], memory_bytes=4 * (len(inputs) + 1) * inputs["policy_0"].parameters
+            inputs["policy_0"], memory_bytes=4 * (len(inputs) + 1) * inputs["policy_0"].parameters, on_host=True
         ),
     )
 )

@@ -324,7 +324,7 @@ def _desirable(spec: PreferSpec, rows: list[dict[str, Any]], index: np.ndarray, 
 def _prefer_estimate(
     spec: PreferSpec, inputs: Mapping[str, Facts], runtime: Runtime, hints: Mapping[str, float]
 ) -> Estimate:
-    return training_estimate(spec.train, inputs["start"], inputs["pairs"], runtime, hints)
+    return training_estimate(spec, inputs["start"], inputs["pairs"], runtime, hints, sequences=2)
 
 
 PREFER = register(Stage("prefer", 1, "policy", PreferSpec, _prefer, _prefer_estimate, parallel=True))

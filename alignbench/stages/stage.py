@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from alignbench.config import HardwareConfig
+from alignbench import memory
+from alignbench.config import ArchitectureConfig, HardwareConfig, LoraConfig
 from alignbench.errors import ConfigError
 from alignbench.stopping import SIGNALS, Requests
 from alignbench.store import Artifact
@@ -65,11 +67,13 @@ class Facts:
         rows: Rows in its table (pairs, responses, demonstrations).
         tokens: Mean tokens of one row, all of its sequences together.
         parameters: Weights of the model, for a policy.
+        shape: Its shape, where it is known.
     """
 
     rows: float = 0
     tokens: float = 0
     parameters: float = 0
+    shape: ArchitectureConfig | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,8 @@ class Estimate:
         generated_tokens: Sampled tokens.
         scored_tokens: Tokens of forward passes without gradients.
         flops: 6 per weight and trained token, 2 per weight and other token.
-        memory_bytes: Peak per process: weights, gradients, optimizer, activations.
+        memory_bytes: Peak per process, on its device: the libraries, weights, gradients, optimizer, activations.
+        on_host: Whether that memory is the machine's own even where the device is a GPU.
         overhead_seconds: Start-up that does not scale (loading, first batches, statistics).
     """
 
@@ -92,6 +97,7 @@ class Estimate:
     scored_tokens: float = 0
     flops: float = 0
     memory_bytes: float = 0
+    on_host: bool = False
     overhead_seconds: float = 0.5
 
 
@@ -116,7 +122,7 @@ class Stage:
     kind: str
     spec: type
     run: Callable[[Context], None]
-    estimate: Callable[[Any, Mapping[str, Facts], Runtime, Mapping[str, float]], Estimate]
+    estimate: Callable[[Any, Mapping[str, Facts], Runtime, Mapping[str, Any]], Estimate]
     parallel: bool | Callable[[Any], bool] = False
 
     def shares(self, spec: Any) -> bool:
@@ -136,55 +142,71 @@ def register(stage: Stage) -> Stage:
 
 
 def training_cost(
-    *, parameters: float, trainable: float, tokens: float, row_tokens: float, rows: float, runtime: Runtime
+    *,
+    start: Facts,
+    trainable: float,
+    tokens: float,
+    row_tokens: float,
+    batch: float,
+    runtime: Runtime,
+    longest: float = 0,
+    lora: LoraConfig | None = None,
+    evaluates: bool = True,
 ) -> tuple[float, float]:
-    """(flops, peak bytes per process) of training; memory is the larger part's sum, see docs in `Estimate`.
+    """(flops, peak bytes per process) of training; see `alignbench.memory`.
 
     Args:
-        parameters: Weights of the model.
+        start: The policy that training starts from.
         trainable: Weights that get gradients (LoRA: the adapters only).
         tokens: Trained tokens in all.
         row_tokens: Tokens of the sequences in one example.
-        rows: Examples in one micro-batch.
-        runtime: dtype, ZeRO offload, activation checkpointing.
+        batch: Examples of one optimiser step.
+        runtime: dtype, processes, ZeRO stage, what fits in a pass.
+        longest: Most tokens of the sequences in one example.
+        lora: The adapters, if only these train.
+        evaluates: Whether it also takes log-probs without gradients (at step 0, and in validation).
     """
-    hardware = runtime.hardware
-    width = 2 if hardware.dtype == "bf16" else 4
-    # fp32 master copy and fp32 gradients come on top of bf16 weights
-    state = trainable * (4 + 8 + (8 if width == 2 else 0))
-    if hardware.offload != "none":
-        state = trainable * width
+    hardware, parameters = runtime.hardware, start.parameters
     backward_share = 1.0 if trainable == parameters else 2 / 3  # frozen weights need no weight gradients
     flops = 6 * parameters * tokens * backward_share
-    in_flight = min(rows * row_tokens, max(row_tokens, hardware.micro_tokens))
-    return flops, parameters * width + state + activation_bytes(parameters, in_flight, runtime, train=True)
+    own = batch / hardware.processes
+    rows = min(hardware.micro_batch, batch)
+    positions = max(longest, min(rows * row_tokens, hardware.micro_tokens))
+    work = memory.Work(positions, positions, accumulates=own * row_tokens > positions)
+    peak = memory.training_peak(start.shape, parameters, work, hardware, trainable=trainable, lora=lora)
+    if evaluates:
+        frozen = _forward_work(row_tokens / 2, longest / 2, runtime, most=2 * batch)
+        beside = memory.state_bytes(parameters, trainable, hardware)
+        peak = max(peak, beside + memory.forward_bytes(start.shape, parameters, frozen, hardware))
+    return flops, peak + memory.OVERHEAD[hardware.device]
 
 
-def activation_bytes(parameters: float, tokens: float, runtime: Runtime, *, train: bool) -> float:
-    """Rough activation memory of `tokens` in flight in one process.
-
-    A transformer of P weights keeps about 24 * sqrt(P) numbers per token and layer group with gradients; a
-    tenth of it without, or with activation checkpointing. Measured factors, not theory.
-    """
-    width = 2 if runtime.hardware.dtype == "bf16" else 4
-    kept = 1.0 if train and not runtime.hardware.activation_checkpointing else 0.15
-    return 90 * parameters**0.5 * tokens * width * kept
-
-
-def inference_memory(parameters: float, tokens: float, runtime: Runtime) -> float:
-    """Peak bytes of a forward-only stage."""
-    width = 2 if runtime.hardware.dtype == "bf16" else 4
-    return parameters * width + activation_bytes(parameters, tokens, runtime, train=False)
-
-
-def scoring_estimate(tokens: float, per_row: float, rows: float, parameters: float, runtime: Runtime) -> Estimate:
-    """Estimate of a stage that runs `tokens` through a policy, forward only, `per_row` of them in a sequence."""
+def _forward_work(per_row: float, longest: float, runtime: Runtime, most: float = math.inf) -> memory.Work:
+    """The largest pass without gradients, of at most `most` sequences."""
     hardware = runtime.hardware
-    in_flight = min(hardware.eval_batch * per_row, max(per_row, hardware.eval_tokens))
+    positions = max(longest, per_row, min(min(hardware.eval_batch, most) * per_row, hardware.eval_tokens))
+    return memory.Work(positions, positions)
+
+
+def scoring_estimate(
+    tokens: float, per_row: float, rows: float, policy: Facts, runtime: Runtime, *, longest: float = 0
+) -> Estimate:
+    """Estimate of a stage that runs `tokens` through a policy, forward only.
+
+    Args:
+        tokens: In all.
+        per_row: Mean tokens of a sequence.
+        rows: Rows of the table it makes.
+        policy: The policy.
+        runtime: dtype, and what fits in a pass.
+        longest: Most tokens of a sequence.
+    """
+    work = _forward_work(per_row, longest, runtime)
+    peak = memory.forward_peak(policy.shape, policy.parameters, work, runtime.hardware)
     return Estimate(
         Facts(rows=rows),
         scored_tokens=tokens,
-        flops=2 * parameters * tokens,
-        memory_bytes=inference_memory(parameters, in_flight, runtime),
+        flops=2 * policy.parameters * tokens,
+        memory_bytes=memory.OVERHEAD[runtime.hardware.device] + peak,
         overhead_seconds=1.0,
     )

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from alignbench.config import TrainConfig
 from alignbench.engine.batching import total_steps
 from alignbench.engine.objectives import Objective
 from alignbench.engine.runtime import derive_seed, device_of, dtype_of
@@ -64,29 +63,33 @@ def train_and_save(
 
 
 def training_estimate(
-    settings: TrainConfig, start: Facts, data: Facts, runtime: Runtime, hints: Mapping[str, float]
+    spec: Any, start: Facts, data: Facts, runtime: Runtime, hints: Mapping[str, Any], *, sequences: int
 ) -> Estimate:
     """Expected cost of training the policy `start` on the rows of `data`.
 
     Args:
-        settings: Optimiser settings.
+        spec: The stage's spec: optimiser settings `train`, `lora` and lengths `tokens`.
         start: Facts of the policy that training starts from.
         data: Facts of the table it trains on.
         runtime: Device and batch sizes.
         hints: `trainable`, the trained weights where they are not all (LoRA).
+        sequences: Of one example: two of a pair. Pairs are also looked at without gradients, at step 0.
     """
-    batch = int(min(settings.batch_size, max(1, data.rows)))
-    tokens = total_steps(int(max(data.rows, 1)), settings.epochs, batch) * batch * data.tokens
+    batch = int(min(spec.train.batch_size, max(1, data.rows)))
+    tokens = total_steps(int(max(data.rows, 1)), spec.train.epochs, batch) * batch * data.tokens
     flops, memory = training_cost(
-        parameters=start.parameters,
+        start=start,
         trainable=hints.get("trainable") or start.parameters,
         tokens=tokens,
         row_tokens=data.tokens,
-        rows=min(runtime.hardware.micro_batch, batch),
+        batch=batch,
         runtime=runtime,
+        longest=sequences * spec.tokens.max_length,
+        lora=spec.lora if spec.lora.rank else None,
+        evaluates=sequences > 1,
     )
     return Estimate(
-        Facts(parameters=start.parameters),
+        Facts(parameters=start.parameters, shape=start.shape),
         trained_tokens=tokens,
         flops=flops,
         memory_bytes=memory,
