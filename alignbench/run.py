@@ -46,9 +46,9 @@ def execute(composed: DictConfig) -> float:
     """
     config, settings = resolve(composed)
     console = Console(width=None if Console().is_terminal else 200)
-    store = Store(Path(config.store_dir), on_message=lambda message: log.warning("store: %s", message))
-    settle_hardware(composed, config, settings, store, console)
+    settle_hardware(composed, config, settings, console)
     validate(config, settings)
+    store = Store(Path(config.store_dir), on_message=lambda message: log.warning("store: %s", message))
     tuned_by = _tuning(config.tuned_by, composed)
     identity = run_id(composed)
     tracker = Tracker(
@@ -97,7 +97,7 @@ def execute(composed: DictConfig) -> float:
     return 0.0 if reward is None else float(reward["mean"])
 
 
-def settle_hardware(composed: DictConfig, config: Config, settings: Any, store: Store, console: Console) -> None:
+def settle_hardware(composed: DictConfig, config: Config, settings: Any, console: Console) -> None:
     """Replace `hardware=auto` by what it chooses, in `config` and, for the record, in `composed`."""
     if not config.hardware.auto:
         return
@@ -105,7 +105,7 @@ def settle_hardware(composed: DictConfig, config: Config, settings: Any, store: 
     validate(config, settings)
     # a plan mirrors nothing
     off = Tracker(TrackingConfig("disabled"), run_id="", group="", job_type="", config={}, folder=Path())
-    config.hardware = choose(planned(config, settings, store, off), console)
+    config.hardware = choose(planned(config, settings, Store(Path(config.store_dir)), off), console)
     OmegaConf.update(composed, "hardware", dataclasses.asdict(config.hardware))
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from alignbench.config import SamplingConfig
-from alignbench.engine import group, kv
+from alignbench.engine import group
 from alignbench.engine.batching import length_sorted
 from alignbench.engine.logprobs import progress
 
@@ -92,6 +92,8 @@ def row_bytes(policy: Any, tokens: int) -> float:
     One layer's block is copied at a time when blocks grow: a layer's share more. Drawing takes some four float64
     numbers per token of the vocabulary beside the logits in fp32.
     """
+    from alignbench.engine import kv  # it loads transformers, which a run that finds everything has no use for
+
     width = next(policy.parameters()).element_size()
     config = policy.config.get_text_config(decoder=True)
     grown = tokens + kv.GROWTH
@@ -107,6 +109,8 @@ def _sample(
     seed: int,
     device: torch.device,
 ) -> list[list[int]]:
+    from alignbench.engine import kv
+
     prompts = list(dict.fromkeys(r.ids for r in requests))
     longest = max(map(len, prompts))
     input_ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
