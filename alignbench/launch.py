@@ -193,6 +193,8 @@ def _failure(stage: Stage, folder: Path, status: int) -> AlignbenchError:
     # a killed rank has no words, and under DeepSpeed's launcher no exit status; what others say is that it is gone
     if killed or all(one["echo"] for one in said):
         who = f"rank {', '.join(killed)} was killed" if killed else "a rank or the ranks' launcher died without a word"
+        if shutil.disk_usage(folder).free < 1 << 20:  # no room for its words
+            who = f"a rank failed, and there is no space left on device for what it said; {who}"
         codes = ", ".join(f"rank {k}: {_spelled(code)}" for k, code in exits.items()) or f"exit status {status}"
         return RankError(
             f"{stage.name}: {who} ({codes})",

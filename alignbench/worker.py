@@ -213,15 +213,17 @@ def _confess(folder: Path, rank: int, error: BaseException) -> None:
     if isinstance(error, AlignbenchError):
         told = {"what": error.what, "where": error.where, "mend": error.mend}
     text, kind = "".join(traceback.format_exception(error)), type(error).__name__
-    # to the file only: the terminal gets the launching process's words
-    with log_file(folder, rank).open("a", encoding="utf-8") as stream:
-        stream.write(text)
-    # the earliest failure is the cause, the later ones its echo; this clock is one for all ranks of a machine and never
-    # jumps; those of other machines tell an echo from a cause by its words
-    atomic_write_json(
-        failure_file(folder, rank),
-        {"rank": rank, "time": time.monotonic(), "type": kind, "traceback": text, "echo": _is_echo(error), **told},
-    )
+    note = {"rank": rank, "time": time.monotonic(), "type": kind, "traceback": text, "echo": _is_echo(error), **told}
+    for _ in range(20):  # a full disk has no room for words either, until half a checkpoint is gone
+        with contextlib.suppress(OSError):
+            # the earliest failure is the cause, the later ones its echo; this clock is one for all ranks of a machine
+            # and never jumps; those of other machines tell an echo from a cause by its words
+            atomic_write_json(failure_file(folder, rank), note)
+            # to the file only: the terminal gets the launching process's words
+            with log_file(folder, rank).open("a", encoding="utf-8") as stream:
+                stream.write(text)
+            return
+        time.sleep(0.2)
 
 
 def _is_echo(error: BaseException) -> bool:
