@@ -44,10 +44,18 @@ def main(arguments: list[str] | None = None) -> int:
     _heed_only(_launcher())
     _open_log(folder, rank)
     quieten()
-    sys.excepthook = lambda kind, error, trace: _confess(folder, rank, error)
+    sys.excepthook = lambda kind, error, trace: _end(_confess(folder, rank, error))
     group.on_beat(Beats(folder, rank))
     _work(folder, rank)
-    return 0
+    return _end(0)
+
+
+def _end(status: int) -> int:
+    """End now: all is written, and threads of ours and of torch have been seen to abort a process that tidies up."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def _launcher() -> int:
@@ -208,7 +216,8 @@ def _open_log(folder: Path, rank: int) -> None:
     )  # fmt: skip
 
 
-def _confess(folder: Path, rank: int, error: BaseException) -> None:
+def _confess(folder: Path, rank: int, error: BaseException) -> int:
+    """Write down why this rank fails; returns its exit status."""
     told: dict[str, Any] = {"what": str(error), "where": "", "mend": ""}
     if isinstance(error, AlignbenchError):
         told = {"what": error.what, "where": error.where, "mend": error.mend}
@@ -222,8 +231,9 @@ def _confess(folder: Path, rank: int, error: BaseException) -> None:
             # to the file only: the terminal gets the launching process's words
             with log_file(folder, rank).open("a", encoding="utf-8") as stream:
                 stream.write(text)
-            return
+            break
         time.sleep(0.2)
+    return 1
 
 
 def _is_echo(error: BaseException) -> bool:
