@@ -311,7 +311,6 @@ class Lab(DataLab):
             self.tokens,
             self.config.hardware.dtype,
             ev.level,
-            ev.resamples,
         )
         return self._run(
             stages.TRUTHFULQA, spec, {"policy": policy}, f"truthfulqa {label}", seed=0, hints={"questions": 817.0}
