@@ -74,7 +74,7 @@ def _exact(which: str, arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     base = options.out or options.folder / which
     report = {"certificates": certificates.report, "rounds": rounds.report}[which]
-    report(_read(options.folder), options.split, base, _console())
+    report(_read(options.folder, thresholds=True), options.split, base, _console())
     _say_where(base)
 
 
@@ -85,7 +85,7 @@ def _compare(arguments: list[str]) -> None:
         "--corner", type=_numbers, help="reference point of the hypervolume (default: the smallest means)"
     )
     options = parser.parse_args(arguments)
-    runs = collect(options.folder)
+    runs = collect(options.folder, measured=True)
     groups = groups_of(runs)
     base = options.out or options.folder / "compare"
     base.parent.mkdir(parents=True, exist_ok=True)
@@ -136,9 +136,9 @@ def _parser(program: str, base: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _read(folder: Path) -> list[dict[str, Any]]:
-    runs = collect(folder)
-    for note in runs.notes:
+def _read(folder: Path, **needed: bool) -> list[dict[str, Any]]:
+    runs = collect(folder, **needed)
+    for note in [*runs.notes, *(thresholds.missing_seeds(runs.records) if needed else ())]:
         print(note, file=sys.stderr)
     return runs.records
 
@@ -148,7 +148,7 @@ def _console() -> Console:
 
 
 def _report(folder: Path, out: Path, *, each: bool = False) -> None:
-    records = _read(folder)
+    records = _read(folder, measured=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     problems = _by_problem(records)
     summary = thresholds.thresholds_differ(records) and bool(thresholds.points_of(records))

@@ -58,6 +58,7 @@ def write_run(
         u: {
             "requested_margin": b,
             "achieved_margin": {"mean": safety, "low": safety - 0.1, "high": safety + 0.1},
+            "violation": {"mean": max(0.0, b - safety), "low": 0.0, "high": max(0.0, b - safety + 0.1)},
             "satisfied": safety >= b,
             "satisfied_with_confidence": safety - 0.1 >= b,
         }
@@ -85,7 +86,10 @@ def write_run(
         "rows": {
             name: {
                 "policy": f"{name}-{seed}",
-                "metrics": {metric: {"mean": float(values.mean())} for metric, values in table.items()},
+                "metrics": {
+                    metric: {"mean": float(values.mean()), "n": SAMPLES * prompts, "clusters": prompts, "level": 0.95}
+                    for metric, values in table.items()
+                },
                 "constraints": constraints,
             }
             for name, table in tables.items()
