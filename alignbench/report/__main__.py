@@ -117,7 +117,7 @@ def _numbers(text: str) -> list[float]:
 def _judging(arguments: list[str]) -> None:
     options = _parser("python -m alignbench.report judging", "judging").parse_args(arguments)
     base = options.out or options.folder / "judging"
-    found = judging.together(_read(options.folder))
+    found = judging.together(_read(options.folder, judged=True))
     base.parent.mkdir(parents=True, exist_ok=True)
     _console().print(judging.terminal(found))
     named(base, ".md").write_text(judging.markdown(found), encoding="utf-8")
@@ -138,7 +138,7 @@ def _parser(program: str, base: str) -> argparse.ArgumentParser:
 
 def _read(folder: Path, **needed: bool) -> list[dict[str, Any]]:
     runs = collect(folder, **needed)
-    for note in [*runs.notes, *(thresholds.missing_seeds(runs.records) if needed else ())]:
+    for note in [*runs.notes, *(thresholds.missing_seeds(runs.records) if "judged" not in needed else ())]:
         print(note, file=sys.stderr)
     return runs.records
 

@@ -34,6 +34,8 @@ _MEASURED_SETTINGS: dict[str, dict[str, Any]] = {
     "evaluate": {"split": str},
 }
 _MEASURED_IN_ROWS: dict[str, type] = {"policy": str, "metrics": dict}
+_JUDGED_SETTINGS: dict[str, dict[str, Any]] = {"evaluate": {"level": (int, float)}}
+_JUDGED_IN_ROWS: dict[str, type] = {"policy": str}
 _OF_CONSTRAINT: dict[str, Any] = {
     "requested_margin": (int, float), "achieved_margin": dict, "violation": dict,
     "satisfied": bool, "satisfied_with_confidence": bool,
@@ -57,13 +59,23 @@ class Runs:
     notes: list[str] = field(default_factory=list)
 
 
-def collect(folder: Path, *, thresholds: bool = False, measured: bool = False) -> Runs:
+@dataclass(frozen=True)
+class _Needs:
+    """What a report reads besides what every one does."""
+
+    thresholds: bool
+    measured: bool
+    judged: bool
+
+
+def collect(folder: Path, *, thresholds: bool = False, measured: bool = False, judged: bool = False) -> Runs:
     """Every usable record below a folder.
 
     Args:
         folder: Searched with all that lies in it.
         thresholds: Whether what was asked of every run is needed.
-        measured: Whether that and the metrics and constraints of every row are needed, too.
+        judged: Whether what tables of judges read is needed.
+        measured: Whether what was asked and the metrics and constraints of every row are needed, too.
 
     Raises:
         DataError: There is no record at all, or none that can be used; the message holds the notes.
@@ -75,7 +87,7 @@ def collect(folder: Path, *, thresholds: bool = False, measured: bool = False) -
     found: dict[str, tuple[Path, Record]] = {}
     for path in paths:
         name = str(path.parent.relative_to(folder)) if path.parent != folder else path.parent.name
-        record, fault = _read(path, thresholds or measured, measured)
+        record, fault = _read(path, _Needs(thresholds or measured, measured, judged))
         if record is None:
             notes.append(f"left out: {name}: {fault}")
             continue
@@ -94,7 +106,7 @@ def collect(folder: Path, *, thresholds: bool = False, measured: bool = False) -
     return Runs(records, {run_id: path.parent for run_id, (path, _) in chosen.items()}, notes + _versions(records))
 
 
-def _read(path: Path, thresholds: bool, measured: bool) -> tuple[Record | None, str]:
+def _read(path: Path, needs: _Needs) -> tuple[Record | None, str]:
     """A record, or None and why not."""
     try:
         record = read_json(path)
@@ -109,7 +121,7 @@ def _read(path: Path, thresholds: bool, measured: bool) -> tuple[Record | None, 
     lacking = [key for key, kind in _NEEDED.items() if not isinstance(record.get(key), kind)]
     if lacking:
         return None, f"no usable {', '.join(lacking)}; run it again"
-    lacking = _lacking(record, thresholds, measured)
+    lacking = _lacking(record, needs)
     if lacking:
         return None, f"no usable {', '.join(lacking)}; run it again"
     if record["outcome"].get("reported") not in record["rows"]:
@@ -117,19 +129,23 @@ def _read(path: Path, thresholds: bool, measured: bool) -> tuple[Record | None, 
     return record, ""
 
 
-def _lacking(record: Record, thresholds: bool, measured: bool) -> list[str]:
+def _lacking(record: Record, needs: _Needs) -> list[str]:
     """What reports read below the first level, where it is absent or of another kind."""
     found = [key for key in _OPTIONAL if not isinstance(record.get(key) or {}, dict)]
-    asked = (_NEEDED_SETTINGS, *([_THRESHOLDS] if thresholds else []), *([_MEASURED_SETTINGS] if measured else []))
+    asked = [_NEEDED_SETTINGS]
+    asked += [_THRESHOLDS] if needs.thresholds else []
+    asked += [_MEASURED_SETTINGS] if needs.measured else []
+    asked += [_JUDGED_SETTINGS] if needs.judged else []
     for group, keys in ((group, keys) for groups in asked for group, keys in groups.items()):
         found += _absent(record["config"].get(group), keys, f"config.{group}")
-    if thresholds and not found:
+    if needs.thresholds and not found:
         constraint = record["config"]["constraint"]
         if len(constraint["utilities"]) != len(constraint["thresholds"]):
             found.append("config.constraint.thresholds (one per utility)")
+    in_rows = _MEASURED_IN_ROWS if needs.measured else _JUDGED_IN_ROWS if needs.judged else {}
     for name, row in record["rows"].items():
-        found += _absent(row, _MEASURED_IN_ROWS if measured else {}, f"rows.{name}")
-        if not measured or not isinstance(row, dict):
+        found += _absent(row, in_rows, f"rows.{name}")
+        if not needs.measured or not isinstance(row, dict):
             continue
         for metric, value in (row.get("metrics") or {}).items():
             # a number and its interval are one thing; an absent one is null

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -195,11 +195,16 @@ def missing_seeds(records: Sequence[Record]) -> list[str]:
         points.setdefault((series, thresholds_of(record)), set()).add(record["seed"])
     every = set().union(*points.values())
     return [
-        f"{series} @ {', '.join(f'{value:g}' for value in thresholds)}: missing seed(s) "
-        f"{', '.join(map(str, sorted(every - seeds)))}, there: {', '.join(map(str, sorted(seeds)))}"
+        f"{series} @ {', '.join(f'{value:g}' for value in thresholds)}: "
+        f"{named_seeds(every - seeds)} missing, {named_seeds(seeds)} there"
         for (series, thresholds), seeds in sorted(points.items())
         if every - seeds
     ]
+
+
+def named_seeds(seeds: Collection[int]) -> str:
+    """Seeds as words."""
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}"
 
 
 def distinct(records: Sequence[Record]) -> list[Record]:
