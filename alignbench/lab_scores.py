@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignbench import stages
+from alignbench.architecture import lora_parameter_count, parameter_count
 from alignbench.config import WORLD_UTILITIES, ColumnConfig
 from alignbench.models import score_models
 from alignbench.models.policy import fingerprint, is_hub_id, shape_of
 from alignbench.scoring import LEARNED, REGISTERED, named_scorers, text_of
 from alignbench.stages.measure import ScoreSpec
-from alignbench.stages.policies import lora_parameter_count, parameter_count
 from alignbench.stages.proxy import ProxySpec
 from alignbench.stages.scoring import AssessSpec, BringScorerSpec, ColumnSpec, ScoreColumnsSpec, TrainScorerSpec
 

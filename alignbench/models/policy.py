@@ -8,6 +8,7 @@ reference is then the whole previous policy, never the bare base.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import json
@@ -20,6 +21,7 @@ from weakref import WeakSet
 
 import torch
 
+from alignbench.architecture import family_of, transformers_config
 from alignbench.config import ArchitectureConfig, LoraConfig
 from alignbench.engine import group
 from alignbench.errors import ModelError
@@ -69,18 +71,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 def build_llama(shape: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
     """A Llama with random weights that are a function of `seed`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.max_positions,
-        tie_word_embeddings=shape.tied_embeddings,
-        initializer_range=shape.initializer_range,
+    config = transformers_config(
+        dataclasses.replace(shape, vocab_size=len(tokenizer)),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -354,6 +348,7 @@ def shape_of(path: str, otherwise: ArchitectureConfig) -> ArchitectureConfig:
         kv_heads=of("num_key_value_heads", default=heads),
         max_positions=of("max_position_embeddings", "n_positions"),
         tied_embeddings=bool(found.get("tie_word_embeddings", True)),
+        family=family_of(found.get("model_type")),
     )
 
 
