@@ -34,7 +34,6 @@ from alignbench.stages.listed import DrawSpec, ListSpec, LookupSpec, RatioSpec
 from alignbench.stages.measure import LogProbsSpec, SampleSpec
 from alignbench.stages.policies import MergeSpec, PreferSpec, SftSpec
 from alignbench.stages.relabel import AnnotateSpec, ImplicitSpec, RelabelSpec
-from alignbench.stages.truthfulqa import TruthfulQASpec
 
 __all__ = ["Bank", "Lab", "Node", "PreferSettings", "spec_of"]
 
@@ -300,22 +299,10 @@ class Lab(DataLab):
 
     def benchmark(self, policy: Node, *, label: str) -> Node | None:
         """TruthfulQA's MC1 and MC2 of `policy`; None where no benchmark is asked for."""
-        asked, ev = self.config.benchmark, self.config.evaluate
-        if asked is None:
+        if self.config.benchmark is None:
             return None
-        preamble = self.questions.preamble if asked.form == "qa" else ""
-        spec = TruthfulQASpec(
-            self.questions.content,
-            asked.form,
-            preamble,
-            self.tokens,
-            self.config.hardware.dtype,
-            ev.level,
-            ev.resamples,
-        )
-        return self._run(
-            stages.TRUTHFULQA, spec, {"policy": policy}, f"truthfulqa {label}", seed=0, hints={"questions": 817.0}
-        )
+        spec, hints = self._asked, {"questions": 817.0}
+        return self._run(stages.TRUTHFULQA, spec, {"policy": policy}, f"truthfulqa {label}", seed=0, hints=hints)
 
     def certify(
         self, policy: Node, problem: Problem, *, label: str, multipliers: Node | None = None
