@@ -265,9 +265,11 @@ def _judge_rules(rows: Sequence[Any]) -> list[Rule]:
 
     def inconsistent(row: Row) -> str | None:
         question, answer, _, _ = _judgement(row) or ("", "", "", 0.0)
-        if all(len(values) == 1 for values in verdicts[question, answer].values()):
+        both = [name for name, values in verdicts[question, answer].items() if len(values) > 1]
+        if not both:
             return None
-        return f"answer {excerpt(answer)} is judged both ways; question {excerpt(question)}"
+        ways = ", ".join(f"{name} and not {name}" for name in both)
+        return f"answer {excerpt(answer)} is judged {ways}; question {excerpt(question)}"
 
     def half(row: Row) -> str | None:
         question, answer, name, _ = _judgement(row) or ("", "", "", 0.0)
@@ -297,7 +299,9 @@ def _joined(rows: Sequence[Row]) -> list[Row]:
     return [row | {"reward": row["informative"]} for row in found.values()]
 
 
-#: finetune_truth.jsonl and finetune_info.jsonl: answers with a truthful and an informative label.
+#: finetune_truth.jsonl and finetune_info.jsonl: answers with a truthful and an informative label. An answer with a
+#: contradiction in either label is left out: 67, of which 27 contradict themselves on truthful, 49 on informative (9 on
+#: both).
 TRUTHFULQA_JUDGE = register_layout(
     Layout(
         "responses",

@@ -269,8 +269,9 @@ def test_judgement_faults(tmp_path):
     ]
     source = jsonl(tmp_path / "a.jsonl", rows)
     options = {"layout": "truthfulqa_judge", "labels": ["reward", "truthful"]}
-    with pytest.raises(DataError, match="one label only: 1 row"):
+    with pytest.raises(DataError, match="one label only: 1 row") as caught:
         read_table(source, "responses", **options)
+    assert "'both ways' is judged truthful and not truthful;" in str(caught.value)
     kept, report = read_table(source, "responses", mode="lenient", **options)
     assert [row["response"] for row in kept] == ["good"]
     assert report["source"]["dropped"] == {"inconsistent labels": 4, "one label only": 1, "no judgement": 2}
@@ -284,6 +285,7 @@ def test_the_answers_with_two_labels_as_published():
     )
     # 18,311 distinct answers; 67 of them are labelled both ways, 42 of the others are empty
     assert report["n_rows"] == 18_311 - 67
+    assert report["dropped"] == {"empty response": 42}
     assert len(rows) == 18_311 - 67 - 42
     assert len({row["prompt"] for row in rows}) == 817
     # an independent count
@@ -293,6 +295,11 @@ def test_the_answers_with_two_labels_as_published():
             row = json.loads(line)
             text = row["prompt"].rsplit("\n", 1)[0]
             seen.setdefault(text, {}).setdefault(label, set()).add(row["completion"].strip())
+    # the 67 are those of the truthful label and those of the informative one together
+    both = {label: {text for text, v in seen.items() if len(v[label]) > 1} for label in ("truthful", "reward")}
+    assert len(seen) == 18_311
+    assert [len(both["truthful"]), len(both["reward"]), len(both["truthful"] & both["reward"])] == [27, 49, 9]
+    assert len(both["truthful"] | both["reward"]) == 67
     clean = [v for text, v in seen.items() if all(len(x) == 1 for x in v.values()) and text.split("\nA: ", 1)[1]]
     expected = Counter((min(v["truthful"]) == "yes", min(v["reward"]) == "yes") for v in clean)
     found = Counter((row["scores"]["truthful"] == 1, row["scores"]["reward"] == 1) for row in rows)
