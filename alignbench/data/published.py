@@ -396,3 +396,13 @@ HH_CHOSEN = register_layout(
         rules=_dialogue_rules,
     )
 )
+#: Its dialogues up to the last answer, as prompts to report on.
+HH_PROMPTS = register_layout(
+    Layout(
+        "prompts",
+        "hh",
+        {"chosen": "text", "rejected": "text"},
+        lambda row, labels: [{"prompt": pair["prompt"]} for pair in _hh(row, ("reward",))],
+        rules=_dialogue_rules,
+    )
+)

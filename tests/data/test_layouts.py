@@ -31,8 +31,8 @@ def jsonl(path, rows):
 
 def test_unknown_layouts_name_those_of_their_table(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}])
-    with pytest.raises(ConfigError, match="unknown layout 'hh' of prompts") as caught:
-        read_table(source, "prompts", layout="hh")
+    with pytest.raises(ConfigError, match="unknown layout 'messages' of prompts") as caught:
+        read_table(source, "prompts", layout="messages")
     assert "rows, advbench" in caught.value.mend
     assert {"hh", "truthfulqa", "chosen_rejected", "rows"} == set(layout_names("pairs"))
 
@@ -320,6 +320,10 @@ def test_the_questions_as_published():
 # --- prompt sets --------------------------------------------------------------------------------------------
 
 PROMPT_SETS = {
+    "hh": (
+        {"chosen": dialogue("hi", "hello", "more?", "good"), "rejected": dialogue("hi", "hello", "more?", "bad")},
+        {"prompt": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: more?"},
+    ),
     "advbench": ({"goal": "g", "target": "Sure"}, {"prompt": "g"}),
     "alpaca_eval": (
         {"instruction": "i", "output": "o", "generator": "m", "dataset": "helpful_base"},
