@@ -186,7 +186,7 @@ def training_cost(
     peak = memory.training_peak(start.shape, parameters, work, hardware, trainable=trainable, lora=lora)
     if evaluates:
         frozen = _forward_work(row_tokens / 2, longest / 2, runtime, most=2 * batch)
-        beside = memory.state_bytes(parameters, trainable, hardware)
+        beside = memory.resting_bytes(parameters, trainable, hardware)
         peak = max(peak, beside + memory.forward_bytes(start.shape, parameters, frozen, hardware))
     return flops, peak + memory.OVERHEAD[hardware.device]
 

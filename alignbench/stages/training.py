@@ -64,7 +64,7 @@ def train_and_save(
         name: Folder of the result.
 
     Raises:
-        InvariantError: the loss at step 0 is not its value at policy = reference, or a loss is not finite.
+        InvariantError: the loss at step 0 is not the objective's `reference_value`, or a loss is not finite.
     """
     spec = ctx.spec
     lora = spec.lora if spec.lora.rank > 0 else None
@@ -110,7 +110,7 @@ def on_device(folder: Path, hardware: HardwareConfig, load: Callable[..., Any] =
     if load is not policies.load_policy or not shards(hardware):
         return load(folder, *place)
     join_process_group(hardware)
-    return policies.load_policy(folder, *place, deepspeed_config(hardware, clip=0.0))
+    return policies.load_policy(folder, *place, deepspeed_config(hardware))
 
 
 def training_estimate(
