@@ -170,6 +170,10 @@ def test_the_harmless_test_split_as_published():
     dialogues = [row["prompt"] for row in kept if row["prompt"].startswith("\n\nHuman:")]
     assert all(turns_of(text)[-1][0] == "user" for text in dialogues)
     assert len(dialogues) > 1000
+    # the same dialogues as prompts, those with an empty answer among them
+    prompts, _ = read_table(source, "prompts", layout="hh", mode="lenient")
+    assert len(prompts) == 2312 - 5
+    assert {row["prompt"] for row in kept} <= {row["prompt"] for row in prompts}
 
 
 # --- TruthfulQA ---------------------------------------------------------------------------------------------
