@@ -24,12 +24,12 @@ from alignbench.engine.train import TrainJob, train, trained_state
 from alignbench.jsonio import write_jsonl
 from alignbench.models import policy as policies
 from alignbench.stages.stage import (
-    LOAD_SECONDS,
     ROW_SECONDS,
     Context,
     Estimate,
     Facts,
     Runtime,
+    load_seconds,
     piece_of,
     scoring_estimate,
     training_cost,
@@ -160,6 +160,6 @@ def training_estimate(
         flops=flops + aside.flops,
         memory_bytes=memory,
         # the policy is loaded, made again at the end, and saved
-        overhead_seconds=3 * LOAD_SECONDS + ROW_SECONDS * sequences * data.rows,
+        overhead_seconds=3 * load_seconds(start, runtime.hardware) + ROW_SECONDS * sequences * data.rows,
         pieces=() if step is None else ((step, float(steps) * runtime.hardware.processes), *aside.pieces),
     )
