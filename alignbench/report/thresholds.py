@@ -195,7 +195,7 @@ def series_of(records: Sequence[Record]) -> list[str]:
     A setting is named only if runs of the same thresholds differ in it and no setting named before tells them apart;
     so a multiplier chosen for each threshold, which has its own column, names nothing.
     """
-    flat = [_settings(record) for record in records]
+    flat = [settings_of(record) for record in records]
     labels = [[str(record["method"])] for record in records]
     everywhere = list(range(len(records)))
     shared = _telling(flat, records, everywhere, lambda key: not key.startswith("method."))
@@ -228,7 +228,8 @@ def _telling(
     return chosen
 
 
-def _settings(record: Record) -> dict[str, str]:
+def settings_of(record: Record) -> dict[str, str]:
+    """A run's configuration, flattened to text, without what changes no number and what tables show in columns."""
     flat = _flatten(record["config"])
     kept = {k: v for k, v in flat.items() if k not in _NO_SETTING and not k.startswith(_NO_SECTION)}
     kept.pop("method.name", None)
