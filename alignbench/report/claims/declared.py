@@ -277,6 +277,7 @@ CLAIMS = (
         (Part("curvature of the dual at its minimiser", lambda at: at.exact("MoCAN", "bounds", "strong_convexity"),
               unit="score^2 / beta"),),
         ("exact",), over="every",
+        note="a theorem: what could fail here is its condition, that safety varies among the answers to a prompt",
     ),
     Claim(
         "can-prediction", CAN, "Table 4",
@@ -293,6 +294,8 @@ CLAIMS = (
         {"MoCAN": _MOCAN},
         (Part("achieved - requested margin", lambda at: at.slack("MoCAN"), "not_below", MARGIN),),
         ("methods over thresholds",), over="every",
+        note="at a requested margin of 0.1 the tolerance is as large as what was asked; fewer seeds than a dozen could "
+        "not decide on a smaller one",
     ),
     Claim(
         "can-optimal", CAN, "Lemma 2, Theorem 3",

@@ -113,8 +113,8 @@ def sections_of(results: Sequence[Result]) -> list[Section]:
 
 CAPTION = (
     f"effect: of the part that decided, positive in the claimed direction [{LEVEL:.0%}, by itself]; s: smallest effect "
-    "of interest; p holds: of the data if the claim were false, p not: if it were true, each after Holm's correction "
-    f"over the paper's claims; decided at {ALPHA:g} one-sided"
+    "of interest; p: of such data if the claim were false, and if it were true, each after Holm's correction over the "
+    f"paper's claims; decided at {ALPHA:g} one-sided: supported where the first is smaller, not supported the second"
 )
 
 
@@ -129,17 +129,18 @@ claim's rule is one of
 
 "Surely": the one-sided p is at most {ALPHA:g} (the {LEVEL:.0%} interval excludes the value) *after* Holm's correction
 over all judged claims of the same paper, separately for "supported" and for "not supported": the chance that any
-claim of a paper is wrongly called supported is at most {ALPHA:.1%}, and likewise for not supported. Everything else is
-undecided. An effect that is surely positive and surely below s is not supported: it does not matter. A claim of
-several parts, or of several points, needs all of them unless it says that one is enough; to refute it one part is
-enough, corrected for their number.
+claim of a paper is wrongly called supported is at most {ALPHA:.1%}, and likewise for not supported, as far as intervals
+keep their level (of nominal 95 %, 93.5 to 97.4 % in simulations of three seeds). Everything else is undecided. An
+effect that is surely positive and surely below s is not supported: it does not matter. A claim of several parts, or of
+several points, needs all of them unless it says that one is enough; to refute it one part is enough, corrected for
+their number.
 
 Effects are paired by seed and, where prompts are sampled, by prompt; intervals are about other seeds and other prompts
 at once (`alignbench/report/crossed.py`), or about other seeds where a seed gives one number (exact sums over the
 listed answers of the {SPLIT} prompts, absolute errors, counts). **Fewer than three seeds are undecided**, whatever
-their prompts say. Seeds and thresholds that not every role has are left out and named; runs of different models, data
-or evaluation are never mixed. All of it is at embedded scale: it tests the mechanism, and says nothing about a 7B
-model.
+their prompts say. Seeds and thresholds that not every role has are left out and named; what differs from
+the declared seeds and thresholds is told; runs of different models, data or evaluation are never mixed. All of it is at
+embedded scale: it tests the mechanism, and says nothing about a 7B model.
 """
 
 
@@ -175,7 +176,7 @@ def _details(result: Result, folder: Path) -> str:
     if result.measured:
         where = f" at {'; '.join(result.points)}" if result.points else ""
         lines.append(f"- setting {result.setting}, seeds {', '.join(map(str, result.seeds))}{where}")
-        lines.append(f"- p that it holds by chance {_p(result.supports)}, p against it {_p(result.refutes)}")
+        lines.append(f"- p if it were false {_p(result.supports)}, p if it were true {_p(result.refutes)} (corrected)")
     lines += [f"- {note}" for note in result.notes]
     if claim.note:
         lines.append(f"- note: {claim.note}")
@@ -186,7 +187,7 @@ def _details(result: Result, folder: Path) -> str:
              "<" if i == result.shown else ""]
             for i, m in enumerate(result.measured)
         ]  # fmt: skip
-        lines.append(markdown(["part", "at", "effect", "p holds, alone", "p not, alone", "decides"], rows) + "\n")
+        lines.append(markdown(["part", "at", "effect", "p if false", "p if true", "decides"], rows) + "\n")
     lines.append(f"**{result.verdict}**: {result.reason}\n")
     return "\n".join(lines)
 

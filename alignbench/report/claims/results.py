@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import json
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from alignbench.errors import DataError
-from alignbench.report.claims.declared import CLAIMS, Claim, Part
+from alignbench.report.claims.declared import CLAIMS, RUNS, Claim, Part
 from alignbench.report.claims.effects import ALPHA, Effect, Evidence, all_of, effect_of, evidence_of, some_of, verdicts
 from alignbench.report.claims.selection import Picked, Point, Setting, UnusableError, asked_of, pick, reader, settings
 from alignbench.report.crossed import FEWEST_SEEDS
@@ -107,14 +110,35 @@ def _in_settings(claim: Claim, known: Sequence[Setting], tables: Callable[[Recor
 
 def _measured(claim: Claim, picked: Picked) -> Result:
     points = tuple(asked_of(point) for point in picked.points if point)
-    blank = Result(
-        claim, picked.setting.name, UNDECIDED, "", seeds=picked.seeds, points=points, notes=picked.notes
-    )  # fmt: skip
+    notes = [*picked.notes, *undeclared(claim, picked)]
+    blank = Result(claim, picked.setting.name, UNDECIDED, "", seeds=picked.seeds, points=points, notes=notes)
     try:
         measured, evidence = measure(claim, picked)
     except UnusableError as fault:
         return replace(blank, reason=str(fault))
     return replace(blank, measured=tuple(measured), evidence=evidence)
+
+
+def undeclared(claim: Claim, picked: Picked) -> list[str]:
+    """How the seeds and points at hand differ from those of the claim's commands, which were chosen beforehand."""
+    lines = [dict(part.split("=", 1) for part in shlex.split(RUNS[name])) for name in claim.runs]
+    keys = {role.varies or "constraint.thresholds" for role in picked.roles.values() if not role.anywhere}
+    found = []
+    seeds = set.intersection(*({int(seed) for seed in line["seed"].split(",")} for line in lines))
+    for what, declared, there in (
+        ("seeds", {(seed,) for seed in seeds}, {(seed,) for seed in picked.seeds}),
+        # a line that names no thresholds leaves the default ones, which are not declared here
+        *(("points", _points(lines, key), set(picked.points)) for key in sorted(keys) if _points(lines, key)),
+    ):
+        for text, some in (("beyond those declared", there - declared), ("declared and not there", declared - there)):
+            if some:
+                found.append(f"{what} {text}: {', '.join(map(asked_of, sorted(some)))}")
+    return found
+
+
+def _points(lines: Sequence[Mapping[str, str]], key: str) -> set[Point]:
+    """The values of a swept list in the command lines."""
+    return {tuple(json.loads(one)) for line in lines if key in line for one in re.findall(r"\[[^]]*\]", line[key])}
 
 
 def measure(claim: Claim, picked: Picked) -> tuple[list[Measured], Evidence]:
