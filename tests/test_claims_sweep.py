@@ -19,14 +19,17 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from tiny_runs import TOP, environment
 
 from alignbench.cli import CONF, register
-from alignbench.config import resolve, validate
+from alignbench.config import TrackingConfig, recorded, resolve, validate
 from alignbench.record import portable
 from alignbench.report.claims.declared import CLAIMS, RUNS, Claim
 from alignbench.report.claims.selection import Picked, pick, settings
 from alignbench.report.runs import Runs
-from alignbench.run import recorded
+from alignbench.run import planned
+from alignbench.store import Store
+from alignbench.tracking import Tracker
 
 SCRIPT = TOP / "sweeps" / "claims.sh"
+NO_TRACKER = Tracker(TrackingConfig("disabled"), run_id="", group="", job_type="", config={}, folder=Path())
 
 
 def lines_of_the_script() -> list[list[str]]:
@@ -58,15 +61,17 @@ def records(name: str) -> tuple[dict[str, Any], ...]:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         for values in itertools.product(*choices.values()):
             composed = hydra.compose("config", overrides=[f"{k}={v}" for k, v in zip(choices, values, strict=True)])
-            validate(*resolve(composed))
+            config, own = resolve(composed)
+            validate(config, own)
+            planned(config, own, Store(Path("nowhere")), NO_TRACKER)  # what plan=true does for every run
             kept = portable(recorded(composed))
-            for seed, thresholds in itertools.product(seeds, [json.loads(one) for one in asked] or [None]):
-                own = copy.deepcopy(kept)
+            for seed, thresholds in itertools.product(seeds, [json.loads(text) for text in asked] or [None]):
+                one = copy.deepcopy(kept)
                 if thresholds is not None:
-                    own["constraint"]["thresholds"] = thresholds
+                    one["constraint"]["thresholds"] = thresholds
                 run_id = f"{name}-{len(found)}"
                 found.append(
-                    {"run_id": run_id, "method": own["method"]["name"], "seed": int(seed), "config": own, "rows": {}}
+                    {"run_id": run_id, "method": one["method"]["name"], "seed": int(seed), "config": one, "rows": {}}
                 )
     return tuple(found)
 
@@ -84,14 +89,24 @@ def test_a_claim_finds_its_runs_in_those_of_all(claim: Claim) -> None:
         assert claim.over != "slope" or len(found.points) > 1
 
 
-@pytest.mark.slow
-def test_the_sweep_plans_as_it_stands(tmp_path: Path) -> None:
-    done = subprocess.run(
-        ["bash", str(SCRIPT), "plan=true", "debug=tiny", "seed=5", f"store_dir={tmp_path}/store"],
-        env=environment(PYTHON=sys.executable, OUT=str(tmp_path / "out")),
-        capture_output=True,
-        text=True,
+def started(folder: Path, *arguments: str) -> list[list[str]]:
+    """What the script would start, in order, and that it ends well; a plan ends without a report."""
+    stub = folder / "python"
+    stub.write_text(
+        f'#!{sys.executable}\nimport json, sys\nopen("{folder}/log", "a").write(json.dumps(sys.argv[1:]) + "\\n")'
     )
+    stub.chmod(0o755)
+    variables = environment(PYTHON=str(stub), OUT=f"{folder}/a sweep")
+    done = subprocess.run(["bash", str(SCRIPT), *arguments], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("plan of the sweep: ") == len(RUNS)
-    assert "raised" not in done.stderr
+    return [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("options", [["plan=true"], ["debug=tiny", "seed=0"], []])
+def test_the_script_starts_its_runs_and_then_the_page(tmp_path: Path, options: list[str]) -> None:
+    *runs, last = started(tmp_path, *options)
+    report = ["-m", "alignbench.report", "claims", f"{tmp_path}/a sweep"]
+    assert last == report or options == ["plan=true"]
+    runs += [] if last == report else [last]
+    output = f"output_dir={tmp_path}/a sweep"
+    assert runs == [["main.py", "-m", output, *line, *options] for line in lines_of_the_script()]
