@@ -29,6 +29,7 @@ def write_claim_run(
     models: int = 1,
     noise: float = 0.2,
     multiplier: float | None = None,
+    train_prompts: int = 400,
     **config: Any,
 ) -> Path:
     """Write a run.
@@ -46,6 +47,7 @@ def write_claim_run(
         models: Trained and held.
         noise: Of a seed's prompts; seeds differ by a tenth of it.
         multiplier: Of the reported row.
+        train_prompts: Size of the world.
         config: Further sections of the configuration.
 
     Returns:
@@ -85,7 +87,7 @@ def write_claim_run(
         "config": {
             "method": {"name": method, "multipliers": None} | settings,
             "constraint": {"form": "margin", "utilities": ["safety"], "thresholds": [asked], "beta": 0.5},
-            "dataset": {"name": dataset},
+            "dataset": {"name": dataset, "world": {"train_prompts": train_prompts}},
             "evaluate": {"split": "test", "scorer": "gold"},
             "hardware": {"dtype": "fp32"},
         } | config,

@@ -373,6 +373,22 @@ def test_settings_are_never_mixed(tmp_path: Path) -> None:
     assert len({r.setting for r in results}) == 2
 
 
+def test_debug_sizes_are_shown_and_not_judged(tmp_path: Path) -> None:
+    interpolation(tmp_path, 0.9, 0.9, train_prompts=12)
+    found = judge(tmp_path, "p-sacpo-interpolates")["p-sacpo-interpolates"]
+    assert (found.verdict, len(found.measured)) == (UNDECIDED, 2)
+    assert "12 training prompts where 400 are declared" in found.reason
+
+
+def test_a_share_of_no_gain_is_no_number(tmp_path: Path) -> None:
+    for seed in range(3):
+        own = exact(lagrangian_gap=0.1, optimum_objective=-0.2, reference_objective=0.0)
+        write_claim_run(tmp_path, "mocan", seed=seed, dataset="enumerable", certificates={"mocan": own})
+    found = judge(tmp_path, "can-optimal")["can-optimal"]
+    assert (found.verdict, found.measured) == (UNDECIDED, ())
+    assert "gains nothing" in found.reason
+
+
 def test_two_settings_of_a_method_are_refused(tmp_path: Path) -> None:
     interpolation(tmp_path, 0.9, 0.9)
     for seed in range(3):

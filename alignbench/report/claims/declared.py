@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from alignbench.report.claims.selection import FIRST, At, Role
+from alignbench.report.claims.selection import FIRST, At, Role, UnusableError
 from alignbench.report.stats import FloatArray
 
 SACPO, CAN, CAID, PD_DPO = "SACPO", "CAN", "CAID", "PD-DPO"
@@ -54,6 +54,9 @@ RUNS = {
     "online, no bonus": "experiment=certificate/online method.online.bonus=objectives method.online.alpha_reward=0.0 "
     "method.online.alpha_cost=0.0 seed=8,9,10,11,12,13,14,15",
 }  # fmt: skip
+
+#: Training prompts by world; runs on fewer (debug=tiny) show the machinery, and no claim is judged on them.
+SCALE = {"handbook": 400, "enumerable": 64}
 
 SCORE, MARGIN = 0.1, 0.1
 
@@ -185,6 +188,8 @@ def _optimal(role: str) -> tuple[Part]:
 
     def measure(at: At) -> FloatArray:
         best = at.exact(role, "optimum_objective") - at.exact(role, "reference_objective")
+        if (best <= 0.0).any():
+            raise UnusableError("the constrained optimum gains nothing over the reference here: no share of it")
         return -at.exact(role, "lagrangian_gap") / best
 
     text = "D(lambda*) - L(pi, lambda*) as a share of the optimum's gain, negative"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from alignbench.errors import DataError
-from alignbench.report.claims.declared import CLAIMS, RUNS, Claim, Part
+from alignbench.report.claims.declared import CLAIMS, RUNS, SCALE, Claim, Part
 from alignbench.report.claims.effects import ALPHA, Effect, Evidence, all_of, effect_of, evidence_of, some_of, verdicts
 from alignbench.report.claims.selection import Picked, Point, Setting, UnusableError, asked_of, pick, reader, settings
 from alignbench.report.crossed import FEWEST_SEEDS
@@ -116,7 +116,17 @@ def _measured(claim: Claim, picked: Picked) -> Result:
         measured, evidence = measure(claim, picked)
     except UnusableError as fault:
         return replace(blank, reason=str(fault))
-    return replace(blank, measured=tuple(measured), evidence=evidence)
+    found = replace(blank, measured=tuple(measured))
+    small = _too_small(picked.setting)
+    return replace(found, reason=small, shown=evidence.weakest) if small else replace(found, evidence=evidence)
+
+
+def _too_small(setting: Setting) -> str:
+    """Why no claim is judged on a setting's runs, or nothing."""
+    config = setting.records[0]["config"]
+    there = (config["dataset"].get("world") or {}).get("train_prompts", 0)
+    declared = SCALE.get(config["dataset"]["name"], 0)
+    return f"{there} training prompts where {declared} are declared: too small to mean anything" * (there < declared)
 
 
 def undeclared(claim: Claim, picked: Picked) -> list[str]:
