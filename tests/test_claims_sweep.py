@@ -89,24 +89,27 @@ def test_a_claim_finds_its_runs_in_those_of_all(claim: Claim) -> None:
         assert claim.over != "slope" or len(found.points) > 1
 
 
-def started(folder: Path, *arguments: str) -> list[list[str]]:
-    """What the script would start, in order, and that it ends well; a plan ends without a report."""
-    stub = folder / "python"
+def started(folder: Path, *arguments: str, fails: str = "nothing") -> tuple[int, list[list[str]]]:
+    """The script's exit status and what it started, in order; what has the word `fails` among its arguments fails."""
+    stub, log = folder / "python", folder / "log"
     stub.write_text(
-        f'#!{sys.executable}\nimport json, sys\nopen("{folder}/log", "a").write(json.dumps(sys.argv[1:]) + "\\n")'
+        f"#!{sys.executable}\nimport json, sys\n"
+        f"open({str(log)!r}, 'a').write(json.dumps(sys.argv[1:]) + '\\n')\n"
+        f"sys.exit(1 if {fails!r} in sys.argv else 0)\n"
     )
     stub.chmod(0o755)
     variables = environment(PYTHON=str(stub), OUT=f"{folder}/a sweep")
     done = subprocess.run(["bash", str(SCRIPT), *arguments], env=variables, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in (folder / "log").read_text().splitlines()]
+    return done.returncode, [json.loads(line) for line in log.read_text().splitlines()]
 
 
 @pytest.mark.parametrize("options", [["plan=true"], ["debug=tiny", "seed=0"], []])
-def test_the_script_starts_its_runs_and_then_the_page(tmp_path: Path, options: list[str]) -> None:
-    *runs, last = started(tmp_path, *options)
-    report = ["-m", "alignbench.report", "claims", f"{tmp_path}/a sweep"]
-    assert last == report or options == ["plan=true"]
-    runs += [] if last == report else [last]
-    output = f"output_dir={tmp_path}/a sweep"
-    assert runs == [["main.py", "-m", output, *line, *options] for line in lines_of_the_script()]
+@pytest.mark.parametrize("fails", ["nothing", "method=p_sacpo"])
+def test_the_script_starts_its_runs_and_then_the_page(tmp_path: Path, options: list[str], fails: str) -> None:
+    """A failing line stops neither the others nor the page, and is not forgotten; a plan has no page."""
+    status, found = started(tmp_path, *options, fails=fails)
+    expected = [["main.py", "-m", f"output_dir={tmp_path}/a sweep", *line, *options] for line in lines_of_the_script()]
+    if options != ["plan=true"]:
+        expected.append(["-m", "alignbench.report", "claims", f"{tmp_path}/a sweep"])
+    assert found == expected
+    assert status == (0 if fails == "nothing" else 1)

@@ -330,8 +330,8 @@ def test_not_run_names_the_command(tmp_path: Path) -> None:
     assert {r.verdict for r in others.values()} == {NOT_RUN}
     assert "naive merge" in others["p-sacpo-over-naive"].reason
     assert commands(BY_ID["p-sacpo-over-naive"], "out") == [
-        "python main.py -m output_dir=out method=p_sacpo seed=0,1,2",
-        "python main.py -m output_dir=out method=naive_merge method.beta_safe=0.1 seed=0,1,2",
+        "python main.py -m output_dir=out method=p_sacpo seed=0,1,2,3,4",
+        "python main.py -m output_dir=out method=naive_merge method.beta_safe=0.1 seed=0,1,2,3,4",
     ]
 
 

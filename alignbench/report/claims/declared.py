@@ -26,7 +26,7 @@ PAPERS = {
     PD_DPO: "PD-DPO, offline and online (arXiv 2510.05703)",
 }
 
-_SEEDS = "seed=0,1,2"
+_SEEDS = "seed=0,1,2,3,4"
 # nothing of these seeds has been looked at while settings were chosen and earlier results were written down
 _FRESH = "seed=5,6,7,8,9"
 _GRID = "constraint.thresholds='[-0.2],[0.0],[0.1],[0.2],[0.4]'"
