@@ -7,8 +7,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 out=${OUT:-outputs/claims}
-options=("$@")
-status=0
+options=("$@") status=0
 # a run that fails (a margin out of reach, say) leaves its claim undecided and stops no other
 run() { "$python" main.py -m output_dir="$out" "$@" "${options[@]}" || status=$?; }
 grid='[-0.2],[0.0],[0.1],[0.2],[0.4]'

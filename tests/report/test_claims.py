@@ -260,6 +260,9 @@ def test_every_threshold_must_hold(tmp_path: Path) -> None:
         assert result.key.where == "0.4", "the threshold that speaks against it is shown"
         assert "at 0.4" in result.reason
     assert good["can-feasible"].points == ("0", "0.2", "0.4")
+    mocan(tmp_path / "other", {0.3: 0.0}, noise=0.05)
+    (other,) = judge(tmp_path / "other", "can-feasible").values()
+    assert "points beyond those declared: 0.3" in other.notes
 
 
 def test_one_point_is_enough_where_the_claim_says_some(tmp_path: Path) -> None:
@@ -355,6 +358,8 @@ def test_missing_seeds_and_thresholds_are_named(tmp_path: Path) -> None:
     notes = " | ".join(found.notes)
     assert "0 left out: not run by every role" in notes
     assert "0.7 left out" in notes
+    assert "points beyond those declared" not in notes
+    assert "points declared and not there: -0.2, 0, 0.1, 0.2" in notes
     assert "seed 3 left out: missing for MoCAID @ 0.4" in notes
 
 
@@ -407,7 +412,8 @@ def test_a_seed_that_stands_in_two_runs_is_told(tmp_path: Path) -> None:
         rows={"p_sacpo q=0.25": {}, "p_sacpo q=0.5": {}, "p_sacpo q=0.75": {}},
     )  # fmt: skip
     change(newer, lambda record: record.update(created="2026-02-01T00:00:00+00:00"))
-    (note,) = judge(tmp_path, "p-sacpo-interpolates")["p-sacpo-interpolates"].notes
+    note, missing = judge(tmp_path, "p-sacpo-interpolates")["p-sacpo-interpolates"].notes
+    assert missing == "seeds declared and not there: 3, 4"
     assert note.startswith(f"seed 0 of P-SACPO stands in two runs: {newer.name} is used")
 
 
