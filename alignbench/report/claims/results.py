@@ -20,6 +20,7 @@ from alignbench.report.stats import FloatArray
 
 SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_RUN = "supported", "not supported", "undecided", "not run"
 VERDICTS = (SUPPORTED, NOT_SUPPORTED, UNDECIDED, NOT_RUN)
+_MISSING = "declared and not there"
 
 
 @dataclass(frozen=True)
@@ -140,7 +141,7 @@ def undeclared(claim: Claim, picked: Picked) -> list[str]:
         # a line that names no thresholds leaves the default ones, which are not declared here
         *(("points", _points(lines, key), set(picked.points)) for key in sorted(keys) if _points(lines, key)),
     ):
-        for text, some in (("beyond those declared", there - declared), ("declared and not there", declared - there)):
+        for text, some in (("beyond those declared", there - declared), (_MISSING, declared - there)):
             if some:
                 found.append(f"{what} {text}: {', '.join(map(asked_of, sorted(some)))}")
     return found
@@ -227,7 +228,9 @@ def _judged(result: Result, verdict: str, supports: float, refutes: float) -> Re
         )
     else:
         reason = _because(found)
-    return replace(found, reason=reason)
+    # what failed is seldom missing by chance
+    part = any(_MISSING in note for note in result.notes)
+    return replace(found, reason=f"{reason} (on part of what was declared)" if part else reason)
 
 
 def _because(result: Result) -> str:
