@@ -487,6 +487,7 @@ def test_the_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert effect["prompts"] == str(PROMPTS)
     latex = (tmp_path / "claims.tex").read_text()
     assert latex.count(r"\toprule") == len(PAPERS)
+    assert "deciding part" not in latex, "a paper's column is narrow"
 
 
 def test_the_picture_has_a_row_per_claim(tmp_path: Path, drawn: list[Any]) -> None:

@@ -67,7 +67,8 @@ def report(runs: Runs, base: Path, folder: Path, console: Console) -> list[Resul
     console.print(tally(results), markup=False, highlight=False, soft_wrap=True)
     picture(results, base)
     named(base, ".md").write_text(page(results, known, runs, folder, named(base, ".png").name), encoding="utf-8")
-    named(base, ".tex").write_text("\n\n".join(section.latex() for section in sections) + "\n", encoding="utf-8")
+    narrow = sections_of(results, narrow=True)
+    named(base, ".tex").write_text("\n\n".join(section.latex() for section in narrow) + "\n", encoding="utf-8")
     named(base, ".csv").write_text(csv_text(sections), encoding="utf-8")
     return results
 
@@ -79,20 +80,16 @@ def tally(results: Sequence[Result]) -> str:
     )
 
 
-def sections_of(results: Sequence[Result]) -> list[Section]:
-    """One table per paper, for a terminal, LaTeX and programs."""
-    headings = [
-        "claim",
-        "deciding part",
-        "setting",
-        "effect",
-        "unit",
-        "s",
-        "rule",
-        "seeds",
-        "p holds",
-        "p not",
-        "verdict",
+def sections_of(results: Sequence[Result], *, narrow: bool = False) -> list[Section]:
+    """One table per paper.
+
+    Args:
+        results: In the order of the page.
+        narrow: For a paper's column: without the part that decided, setting, unit and rule.
+    """
+    headings = ["claim", "deciding part", "setting", "effect", "unit", "s", "rule", "seeds", "p if false", "p if true"]
+    kept = [
+        i for i, name in enumerate(headings) if not (narrow and name in ("deciding part", "setting", "unit", "rule"))
     ]
     sections = []
     for paper, title in PAPERS.items():
@@ -105,9 +102,11 @@ def sections_of(results: Sequence[Result]) -> list[Section]:
             else:
                 line += [Value(key.effect.interval()), key.part.unit, f"{key.part.smallest:g}", key.part.kind]
             line += [str(len(result.seeds)) if result.seeds else "-", _p(result.supports), _p(result.refutes)]
-            lines.append([*line, result.verdict])
+            lines.append([*(line[i] for i in kept), result.verdict])
         if lines:
-            sections.append(Section(f"claims-{_slug(paper)}", title, headings, lines, CAPTION, texts=3))
+            columns = [*(headings[i] for i in kept), "verdict"]
+            label = f"claims-{_slug(paper)}"
+            sections.append(Section(label, title, columns, lines, CAPTION, texts=1 if narrow else 3))
     return sections
 
 
