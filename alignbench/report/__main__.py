@@ -17,6 +17,10 @@ python -m alignbench.report certificates FOLDER [--split train|test] [--out NAME
 python -m alignbench.report rounds FOLDER [--split train|test] [--out NAME]
     the distance of every round's policy from the exact optimum, and what exploration is worth
 
+python -m alignbench.report claims FOLDER [--out NAME]
+    the papers' claims: effect, interval and verdict of each, or the command that makes its runs; Markdown, LaTeX, CSV
+    and a picture
+
 python -m alignbench.report judging FOLDER [--out NAME]
     what one judge said in several runs, each contest once, and Bradley-Terry ratings of all their policies together
 
@@ -36,6 +40,7 @@ from rich.console import Console
 
 from alignbench.errors import AlignbenchError
 from alignbench.report import certificates, compare, judging, published, published_tables, rounds, thresholds
+from alignbench.report.claims import page
 from alignbench.report.compare_plot import picture
 from alignbench.report.entries import REFERENCE, groups_of
 from alignbench.report.over_optimisation import over_optimisation
@@ -56,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
             _exact(given[0], given[1:])
         elif given[:1] == ["compare"]:
             _compare(given[1:])
+        elif given[:1] == ["claims"]:
+            _claims(given[1:])
         elif given[:1] == ["judging"]:
             _judging(given[1:])
         elif given[:1] == ["published"]:
@@ -119,6 +126,17 @@ def _compare(arguments: list[str]) -> None:
 
 def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
+
+
+def _claims(arguments: list[str]) -> None:
+    options = _parser("python -m alignbench.report claims", "claims").parse_args(arguments)
+    base = options.out or options.folder / "claims"
+    runs = collect(options.folder)
+    page.report(runs, base, options.folder, _console())
+    for note in runs.notes:
+        print(note, file=sys.stderr)
+    _say_where(base)
+    print(f"for a paper: {named(base, '.tex')}\nfor programs: {named(base, '.csv')}")
 
 
 def _judging(arguments: list[str]) -> None:
