@@ -17,6 +17,10 @@ python -m alignbench.report certificates FOLDER [--split train|test] [--out NAME
 python -m alignbench.report rounds FOLDER [--split train|test] [--out NAME]
     the distance of every round's policy from the exact optimum, and what exploration is worth
 
+python -m alignbench.report dashboard FOLDER [--out NAME] [--store STORE]
+    one self-contained HTML page of everything below FOLDER: plots with filters, tables, responses side by side; a
+    multirun writes it at its end
+
 python -m alignbench.report judging FOLDER [--out NAME]
     what one judge said in several runs, each contest once, and Bradley-Terry ratings of all their policies together
 """
@@ -30,8 +34,8 @@ from typing import Any
 
 from rich.console import Console
 
-from alignbench.errors import AlignbenchError
-from alignbench.report import certificates, compare, judging, rounds, thresholds
+from alignbench.errors import AlignbenchError, DataError
+from alignbench.report import certificates, compare, dashboard, judging, rounds, thresholds
 from alignbench.report.compare_plot import picture
 from alignbench.report.entries import REFERENCE, groups_of
 from alignbench.report.over_optimisation import over_optimisation
@@ -53,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
             _compare(given[1:])
         elif given[:1] == ["judging"]:
             _judging(given[1:])
+        elif given[:1] == ["dashboard"]:
+            _dashboard(given[1:])
         else:
             _summary(given)
     except AlignbenchError as error:
@@ -87,6 +93,11 @@ def _compare(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     runs = collect(options.folder)
     groups = groups_of(runs)
+    if not groups:
+        raise DataError(
+            f"no run below {options.folder} has values per prompt", where=str(options.folder),
+            mend="run them again: the store keeps what was computed; a dashboard shows each by itself",
+        )  # fmt: skip
     base = options.out or options.folder / "compare"
     base.parent.mkdir(parents=True, exist_ok=True)
     console = _console()
@@ -123,6 +134,14 @@ def _judging(arguments: list[str]) -> None:
     named(base, ".md").write_text(judging.markdown(found), encoding="utf-8")
     judging.picture(found, base)
     _say_where(base)
+
+
+def _dashboard(arguments: list[str]) -> None:
+    parser = _parser("python -m alignbench.report dashboard", "dashboard")
+    parser.add_argument("--store", type=Path, default=Path("store"), help="artifacts found there are linked")
+    options = parser.parse_args(arguments)
+    base = options.out or options.folder / "dashboard"
+    print(f"dashboard: {dashboard.write(options.folder, named(base, '.html'), options.store)}")
 
 
 def _parser(program: str, base: str) -> argparse.ArgumentParser:

@@ -82,7 +82,11 @@ def _of_sweep(folder: Path) -> tuple[list[Path], list[str]]:
     """Records of a multirun's runs, which lie beside its folder, and what became of its other jobs."""
     summary = read_json(folder / SWEEP)
     try:
-        paths, failed, missing = [folder.parent / run / "record.json" for run in summary["runs"]], summary["failed"], summary["missing"]
+        paths, failed, missing = (
+            [folder.parent / run / "record.json" for run in summary["runs"]],
+            summary["failed"],
+            summary["missing"],
+        )
         notes = [f"failed: {' '.join(job['overrides'])}: {job['error']}" for job in failed]
     except (KeyError, TypeError):
         raise DataError("it is no summary of a sweep", where=str(folder / SWEEP), mend="run the sweep again") from None

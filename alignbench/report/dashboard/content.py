@@ -123,11 +123,16 @@ def content_of(runs: Runs, base: Path, store: Path | None = None) -> Content:
 
 def _notes_of_none(runs: Runs) -> list[str]:
     """Without a group there is nobody to carry the notes."""
-    return [*runs.notes, *(f"in no mean: {r['run_id']}: {per_prompt(r, runs.folders[r['run_id']])[1]}" for r in runs.records)]
+    return [
+        *runs.notes,
+        *(f"in no mean: {r['run_id']}: {per_prompt(r, runs.folders[r['run_id']])[1]}" for r in runs.records),
+    ]
 
 
 def _origin(records: Sequence[Record]) -> tuple[list[str], str]:
-    return sorted({str(r["commit"])[:10] for r in records if r.get("commit")}), max(str(r.get("created", "")) for r in records)
+    return sorted({str(r["commit"])[:10] for r in records if r.get("commit")}), max(
+        str(r.get("created", "")) for r in records
+    )
 
 
 def _alike(records: Iterable[Record]) -> list[list[Record]]:

@@ -1,4 +1,4 @@
-"use strict";
+"use strict";performance.mark("start");
 // Draws what the page's data block holds. Nothing is computed here but which points are shown and where they stand;
 // text from records reaches the page as text nodes only.
 (() => {
@@ -83,7 +83,8 @@ function config() {
     background: "transparent", font, view: {stroke: null},
     axis: {labelColor: soft, titleColor: text, gridColor: line, domainColor: soft, tickColor: soft, gridOpacity: .6,
            labelFontSize: 12, tickCount: narrow() ? 5 : 9, labelFlush: false, labelOverlap: true, titleFontSize: 13, titleFontWeight: "normal", titlePadding: 8},
-    text: {fill: text, fontSize: 12}, rule: {stroke: soft},
+    // a rim in the ground's colour keeps names legible on lines (page.css paints it first)
+    text: {fill: text, fontSize: 12, stroke: css("--ground"), strokeWidth: 3}, rule: {stroke: soft},
   };
 }
 
@@ -132,6 +133,11 @@ function numbers(id, headings, lines) {
   if (box.open) box.fill();
 }
 
+// a layer for those rows that it can draw; of none, no layer
+const layerOf = (rows, drawable, layer) => (rows.some(drawable) ? [{data: {values: rows.filter(drawable)}, ...layer}] : []);
+const sureX = (r) => r.x1 !== null && r.x2 !== null, sureY = (r) => r.y1 !== null && r.y2 !== null;
+const foreseen = (r) => r.f !== null, sureF = (r) => r.f !== null && r.f1 !== null && r.f2 !== null;
+
 const TOOLTIP = [{field: "who", title: "method"}, {field: "asked", title: "asked"}, {field: "seeds", title: "runs"}];
 const QUANTITY = (field, title, more) => ({field, type: "quantitative", title, ...(more || {})});
 const loose = {scale: {zero: false, nice: true, padding: 12}};
@@ -174,14 +180,14 @@ function frontPlot() {
                 encoding: {x, y, color: look.color, order: {field: "t", type: "quantitative"}}});
   }
   layer.push(
-    {transform: [{filter: "datum.x1 !== null && datum.x2 !== null"}], mark: {type: "rule", opacity: .75},
-     encoding: {x: QUANTITY("x1", x.title, loose), x2: {field: "x2"}, y, color: look.color}},
-    {transform: [{filter: "datum.y1 !== null && datum.y2 !== null"}], mark: {type: "rule", opacity: .75},
-     encoding: {x, y: QUANTITY("y1", y.title, loose), y2: {field: "y2"}, color: look.color}},
+    ...layerOf(rows, sureX, {mark: {type: "rule", opacity: .75},
+                             encoding: {x: QUANTITY("x1", x.title, loose), x2: {field: "x2"}, y, color: look.color}}),
+    ...layerOf(rows, sureY, {mark: {type: "rule", opacity: .75},
+                             encoding: {x, y: QUANTITY("y1", y.title, loose), y2: {field: "y2"}, color: look.color}}),
     {mark: {type: "point", size: 90, strokeWidth: 2, fill: css("--ground"), fillOpacity: .7},
      encoding: {x, y, color: look.color, shape: look.shape,
                 tooltip: [...TOOLTIP, {field: "reward"}, {field: "utility", title: u}, {field: "feasible"}]}},
-    {name: "labels", data: {values: names}, mark: {type: "text", fontSize: 12}, encoding: {x, y, text: {field: "name"}}},
+    {name: "labels", data: {values: names}, mark: {type: "text"}, encoding: {x, y, text: {field: "name"}}},
   );
   return draw("front", {data: {values: rows}, layer}, `Reward against ${u}: ${rows.length} points with intervals and their front.`);
 }
@@ -207,15 +213,15 @@ function calibrationPlot() {
   numbers("calibration", ["method", "asked", "runs", "requested", "achieved", "achieved − requested", "predicted"],
           rows.map((r) => [r.who, r.asked, r.seeds, r.requested, r.achieved, r.gap, r.predicted]));
   const lines = spread > 0 && state.threshold === ALL;
-  const foreseen = rows.some((r) => r.f !== null);
   $("calibration-caption").textContent = !rows.length ? "" :
     `Margin of ${u} over the reference with ${Math.round(g.level * 100)}% intervals` +
     `${state.seed === MEANS ? " (over seeds and prompts: those of achieved less requested)" : " (of a run's prompts)"}; ` +
     `${lines ? "on or above the dashed line the request is met; methods are set apart a little sideways." : "to the right of the dashed line the request is met."}` +
-    `${foreseen ? " Hollow: what the dual predicted before training." : ""}`;
+    `${rows.some(foreseen) ? " Hollow, with a dotted interval: what the dual predicted before training." : ""}`;
   if (!rows.length) return draw("calibration", null, `No run that is shown has a requested margin of ${u}.`);
   const look = scales(indices);
   const tooltip = [...TOOLTIP, {field: "requested"}, {field: "achieved"}, {field: "gap", title: "achieved − requested"}, {field: "predicted"}];
+  const dashes = {type: "rule", strokeDash: [2, 3], opacity: .7};
   const hollow = {type: "point", size: 45, strokeWidth: 1.5, filled: false};
   const solid = {type: "point", size: 80, filled: true, opacity: 1};
   if (!lines) {
@@ -224,11 +230,11 @@ function calibrationPlot() {
     const x = QUANTITY("y", `achieved margin of ${u}`, loose);
     const layer = [
       {data: {values: [...new Set(requested)].map((r) => ({r}))}, mark: {type: "rule", strokeDash: [5, 4]}, encoding: {x: QUANTITY("r", x.title, loose)}},
-      {transform: [{filter: "datum.y1 !== null && datum.y2 !== null"}], mark: {type: "rule", strokeWidth: 1.5},
-       encoding: {y, x: QUANTITY("y1", x.title, loose), x2: {field: "y2"}, color: look.color}},
+      ...layerOf(rows, sureF, {mark: dashes, encoding: {y, x: QUANTITY("f1", x.title, loose), x2: {field: "f2"}, color: look.color}}),
+      ...layerOf(rows, sureY, {mark: {type: "rule", strokeWidth: 1.5},
+                               encoding: {y, x: QUANTITY("y1", x.title, loose), x2: {field: "y2"}, color: look.color}}),
       {mark: solid, encoding: {y, x, color: look.color, shape: look.shape, tooltip}},
-      {transform: [{filter: "datum.f !== null"}], mark: hollow,
-       encoding: {y, x: QUANTITY("f", x.title, loose), color: look.color, shape: look.shape, tooltip}},
+      ...layerOf(rows, foreseen, {mark: hollow, encoding: {y, x: QUANTITY("f", x.title, loose), color: look.color, shape: look.shape, tooltip}}),
     ];
     const height = Math.max(120, 26 * new Set(rows.map((r) => r.row)).size);
     return draw("calibration", {data: {values: rows}, layer, height}, `Achieved margins of ${u} of ${rows.length} points, requested margin as a line.`);
@@ -241,12 +247,12 @@ function calibrationPlot() {
   const layer = [
     {data: {values: ends}, mark: {type: "line", strokeDash: [5, 4], color: css("--soft"), strokeWidth: 1.2}, encoding: {x, y}},
     ...(state.seed === RUNS ? [] : [{mark: {type: "line", strokeWidth: 1.2, opacity: .55}, encoding: {x, y, color: look.color}}]),
-    {transform: [{filter: "datum.y1 !== null && datum.y2 !== null"}], mark: {type: "rule"},
-     encoding: {x, y: QUANTITY("y1", y.title, loose), y2: {field: "y2"}, color: look.color}},
+    ...layerOf(rows, sureF, {mark: dashes, encoding: {x, y: QUANTITY("f1", y.title, loose), y2: {field: "f2"}, color: look.color}}),
+    ...layerOf(rows, sureY, {mark: {type: "rule"}, encoding: {x, y: QUANTITY("y1", y.title, loose), y2: {field: "y2"}, color: look.color}}),
     {mark: solid, encoding: {x, y, color: look.color, shape: look.shape, tooltip}},
-    {transform: [{filter: "datum.f !== null"}], mark: {...hollow, fill: css("--ground")},
-     encoding: {x, y: QUANTITY("f", y.title, loose), color: look.color, shape: look.shape, tooltip}},
-    {name: "labels", data: {values: [...last.values()]}, mark: {type: "text", fontSize: 12}, encoding: {x, y, text: {field: "name"}}},
+    ...layerOf(rows, foreseen, {mark: {...hollow, fill: css("--ground")},
+                                encoding: {x, y: QUANTITY("f", y.title, loose), color: look.color, shape: look.shape, tooltip}}),
+    {name: "labels", data: {values: [...last.values()]}, mark: {type: "text"}, encoding: {x, y, text: {field: "name"}}},
   ];
   return draw("calibration", {data: {values: rows}, layer}, `Achieved against requested margins of ${u}: ${rows.length} points.`);
 }
@@ -264,10 +270,11 @@ function courses() {
   return found;
 }
 
-const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];
+const COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"];  // of seeds
+const LIGHT = ["#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#F0E442"];  // on a dark ground
 
 function dualPlots() {
-  const found = courses(), u = state.utility, keys = [...found.keys()];
+  const found = courses(), u = state.utility, keys = [...found.keys()].sort((a, b) => a.localeCompare(b, "en", {numeric: true}));
   const select = $("course");
   if (!found.has(state.course)) state.course = keys[0] || "";
   options(select, keys.map((key) => [key, `${nameOf(found.get(key)[0])}${askedOf(found.get(key)[0]) ? " @ " + askedOf(found.get(key)[0]) : ""}`]), state.course);
@@ -294,31 +301,30 @@ function dualPlots() {
     `${rows.some((r) => r.here) ? "A ring marks the iteration that is reported. " : ""}` +
     `${rows.some((r) => r.bound) ? "Triangles: the multiplier is at a bound. " : ""}`;
   const color = {field: "seed", type: "nominal", legend: null,
-                 scale: {domain: seeds, range: seeds.map((_, i) => COLOURS[i % COLOURS.length])}};
-  const most = Math.max(...rows.map((r) => r.i));
-  const i = {field: "i", type: "quantitative", title: "iteration", axis: {tickMinStep: 1, format: "d"},
-             scale: {domain: [Math.min(...rows.map((r) => r.i)), most], nice: false, padding: 14}};
+                 scale: {domain: seeds, range: seeds.map((_, i) => (dark.matches ? LIGHT : COLOURS)[i % COLOURS.length])}};
+  const first = Math.min(...rows.map((r) => r.i)), most = Math.max(...rows.map((r) => r.i));
+  const i = {field: "i", type: "quantitative", title: "iteration", 
+             axis: {format: "d", values: [...new Set(rows.map((r) => r.i))].sort((a, b) => a - b)}, scale: {domain: [first, most + (most - first) * (narrow() ? .22 : .09)], nice: false, padding: 10}};
   const last = new Map(rows.map((r) => [r.seed, r]));
   const base = (field, title) => {
-    const y = QUANTITY(field, title, {scale: {zero: field === "s", nice: true, padding: 8}});
+    const y = QUANTITY(field, title, {axis: {tickCount: 5, minExtent: 44}, scale: {zero: field === "s", nice: true, padding: 8}});
     return {i, y, layers: [
       {mark: {type: "line", strokeWidth: 1.8}, encoding: {x: i, y, color}},
       {mark: {type: "point", filled: true, size: 36, opacity: 1},
        encoding: {x: i, y, color, tooltip: [{field: "seed"}, {field: "i", title: "iteration"}, {field: "multiplier"}, {field: "slack", title: "achieved − requested"}, {field: "bound", title: "at bound"}]}},
-      {transform: [{filter: "datum.here === 'reported'"}], mark: {type: "point", filled: false, size: 220, strokeWidth: 2}, encoding: {x: i, y, color}},
+      ...layerOf(rows, (r) => r.here && r[field] !== null,
+                 {mark: {type: "point", filled: false, size: 220, strokeWidth: 2}, encoding: {x: i, y, color}}),
       {name: "labels", data: {values: [...last.values()].filter((r) => r[field] !== null)}, mark: {type: "text"}, encoding: {x: i, y, text: {field: "seed"}}},
     ]};
   };
-  const multiplier = base("m", "multiplier"), gap = base("s", narrow() ? "constraint gap" : "constraint gap (achieved − requested)");
-  multiplier.layers.push(
-    {transform: [{filter: "datum.bound !== null"}],
-     mark: {type: "point", filled: false, size: 200, strokeWidth: 1.6},
-     encoding: {x: i, y: multiplier.y, color, shape: {field: "bound", type: "nominal", legend: null,
-                scale: {domain: ["lower", "upper"], range: ["triangle-down", "triangle-up"]}}}});
+  const multiplier = base("m", "multiplier"), gap = base("s", "constraint gap");
+  const bound = {field: "bound", type: "nominal", legend: null, scale: {domain: ["lower", "upper"], range: ["triangle-down", "triangle-up"]}};
+  multiplier.layers.push(...layerOf(rows, (r) => r.bound !== null && r.m !== null,
+    {mark: {type: "point", filled: false, size: 200, strokeWidth: 1.6}, encoding: {x: i, y: multiplier.y, color, shape: bound}}));
   gap.layers.unshift(
     {data: {values: [{}]}, mark: {type: "rule", strokeDash: [5, 4]}, encoding: {y: {datum: 0}}},
-    {transform: [{filter: "datum.s1 !== null && datum.s2 !== null"}], mark: {type: "area", opacity: .16},
-     encoding: {x: i, y: QUANTITY("s1", gap.y.title), y2: {field: "s2"}, color}});
+    ...layerOf(rows, (r) => r.s1 !== null && r.s2 !== null,
+               {mark: {type: "area", opacity: .16}, encoding: {x: i, y: QUANTITY("s1", gap.y.title), y2: {field: "s2"}, color}}));
   const height = narrow() ? 170 : 190;
   draw("dual-multiplier", {data: {values: rows}, layer: multiplier.layers, height}, `Multiplier of ${u} by iteration, ${runs.length} run(s).`);
   draw("dual-gap", {data: {values: rows}, layer: gap.layers, height}, `Achieved less requested margin of ${u} by iteration, with intervals.`);
@@ -345,18 +351,20 @@ function swatch(index) {
   return svg;
 }
 
+const estimate = (name, found) => make("p", {}, `${name} `, make("span", {class: "number"}, told(found)));
+
 function glance() {
   const g = group();
   const cards = g.best.filter((b) => state.threshold === ALL || String(b.t) === state.threshold).map((b) => {
-    const card = make("div", {class: "card"}, make("p", {class: "what"}, `asked ${g.thresholds[b.t]}: the constrained best`));
+    const card = make("div", {class: "card"}, make("p", {class: "what"}, `Asked ${g.thresholds[b.t]}: constrained best`));
     if (!b.series) {
       card.append(make("p", {class: "who"}, "no method is feasible"));
       return card;
     }
     const index = g.series.findIndex((s) => s.name === b.series);
-    const sure = {yes: "feasible with confidence", likely: "likely feasible (point estimates only)"}[b.feasible] || b.feasible;
-    card.append(make("p", {class: "who"}, swatch(index), b.series), make("p", {}, sure), make("p", {}, `reward ${told(b.reward)}`));
-    Object.entries(b.slack).forEach(([u, value]) => card.append(make("p", {}, `${u} slack ${told(value)}`)));
+    const sure = {yes: "feasible with confidence", likely: "likely feasible: point estimates only"}[b.feasible] || b.feasible;
+    card.append(make("p", {class: "who"}, swatch(index), b.series), make("p", {}, sure), estimate("reward", b.reward));
+    Object.entries(b.slack).forEach(([u, value]) => card.append(estimate(`${u} slack`, value)));
     return card;
   });
   $("best").replaceChildren(...(cards.length ? cards : [make("p", {}, "These runs stand in no mean, so none is called the best: see the notes above.")]));
@@ -519,7 +527,7 @@ function start() {
   addEventListener("resize", () => { if (narrow() !== was) { was = narrow(); redraw(); } });
   if (narrow()) $("filters-box").open = false;
   controls();
-  redraw().then(() => { document.documentElement.dataset.ready = "yes"; });
+  redraw().then(() => { performance.mark("ready"); document.documentElement.dataset.ready = "yes"; });
 }
 
 start();

@@ -97,7 +97,9 @@ def _library() -> str:
         import vl_convert
     except ImportError:
         raise ConfigError(
-            "no plotting library", where="dashboard", mend="pip install -r requirements.txt (it holds vl-convert-python)"
+            "no plotting library",
+            where="dashboard",
+            mend="pip install -r requirements.txt (it holds vl-convert-python)",
         ) from None
     return str(vl_convert.javascript_bundle()).replace("\r", "")
 
@@ -260,8 +262,8 @@ def _runs(index: int, part: Part) -> str:
     rows = "".join(_run(line) for line in part.runs)
     title = "Runs" if len(part.runs) != 1 else "Run"
     return (
-        f'<div class="group" data-group="{index}"><p>{escape(part.title)}. Each run by itself, with the interval of its '
-        "own prompts; links are relative to this file.</p>\n"
+        f'<div class="group" data-group="{index}"><p>{escape(part.title)}. Each run by itself, with the interval of '
+        "its own prompts; links are relative to this file.</p>\n"
         + _table(f"g{index}-runs", title, headings, [rows], 2)
         + "</div>\n"
     )
