@@ -111,7 +111,7 @@ def content_of(runs: Runs, base: Path, store: Path | None = None) -> Content:
         store: Artifacts that are there are linked; None links none.
     """
     groups = groups_of(runs)
-    notes = list(dict.fromkeys(note for group in groups for note in group.notes)) or _notes_of_none(runs)
+    notes = list(dict.fromkeys(note for group in groups for note in group.notes)) if groups else _notes_of_none(runs)
     used = {record["run_id"] for group in groups for entry in group.entries for record in entry.records}
     content = Content([], Texts(), notes, len(runs.records), *_origin(runs.records))
     builder = _Builder(runs, base, store, content)
@@ -123,16 +123,13 @@ def content_of(runs: Runs, base: Path, store: Path | None = None) -> Content:
 
 def _notes_of_none(runs: Runs) -> list[str]:
     """Without a group there is nobody to carry the notes."""
-    return [
-        *runs.notes,
-        *(f"in no mean: {r['run_id']}: {per_prompt(r, runs.folders[r['run_id']])[1]}" for r in runs.records),
-    ]
+    faults = {record["run_id"]: per_prompt(record, runs.folders[record["run_id"]])[1] for record in runs.records}
+    return [*runs.notes, *(f"in no mean: {run}: {fault or 'no values per prompt'}" for run, fault in faults.items())]
 
 
 def _origin(records: Sequence[Record]) -> tuple[list[str], str]:
-    return sorted({str(r["commit"])[:10] for r in records if r.get("commit")}), max(
-        str(r.get("created", "")) for r in records
-    )
+    commits = sorted({str(record["commit"])[:10] for record in records if record.get("commit")})
+    return commits, max(str(record.get("created", "")) for record in records)
 
 
 def _alike(records: Iterable[Record]) -> list[list[Record]]:

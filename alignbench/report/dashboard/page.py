@@ -101,7 +101,7 @@ def _library() -> str:
             where="dashboard",
             mend="pip install -r requirements.txt (it holds vl-convert-python)",
         ) from None
-    return str(vl_convert.javascript_bundle()).replace("\r", "")
+    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("\r", "")
 
 
 # ---------------------------------------------------------------- parts of the page
