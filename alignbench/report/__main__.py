@@ -20,6 +20,9 @@ python -m alignbench.report rounds FOLDER [--split train|test] [--out NAME]
 python -m alignbench.report claims FOLDER [--out NAME]
     the papers' claims: effect, interval and verdict of each, or the command that makes its runs; Markdown, LaTeX, CSV
     and a picture
+python -m alignbench.report dashboard FOLDER [--out NAME] [--store STORE]
+    one self-contained HTML page of everything below FOLDER: plots with filters, tables, responses side by side; a
+    multirun writes it at its end
 
 python -m alignbench.report judging FOLDER [--out NAME]
     what one judge said in several runs, each contest once, and Bradley-Terry ratings of all their policies together
@@ -38,8 +41,8 @@ from typing import Any
 
 from rich.console import Console
 
-from alignbench.errors import AlignbenchError
-from alignbench.report import certificates, compare, judging, published, published_tables, rounds, thresholds
+from alignbench.errors import AlignbenchError, DataError
+from alignbench.report import certificates, compare, dashboard, judging, published, published_tables, rounds, thresholds
 from alignbench.report.claims import page
 from alignbench.report.compare_plot import picture
 from alignbench.report.entries import REFERENCE, groups_of
@@ -67,6 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
             _judging(given[1:])
         elif given[:1] == ["published"]:
             _published(given[1:])
+        elif given[:1] == ["dashboard"]:
+            _dashboard(given[1:])
         else:
             _summary(given)
     except AlignbenchError as error:
@@ -101,6 +106,11 @@ def _compare(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     runs = collect(options.folder)
     groups = groups_of(runs)
+    if not groups:
+        raise DataError(
+            f"no run below {options.folder} has values per prompt", where=str(options.folder),
+            mend="run them again: the store keeps what was computed; a dashboard shows each by itself",
+        )  # fmt: skip
     base = options.out or options.folder / "compare"
     base.parent.mkdir(parents=True, exist_ok=True)
     console = _console()
@@ -176,6 +186,14 @@ def _published(arguments: list[str]) -> None:
     for note in runs.notes:
         print(note, file=sys.stderr)
     print(f"runs of these tables' presets: {used} of {len(runs.records)}\ntables: {page}")
+
+
+def _dashboard(arguments: list[str]) -> None:
+    parser = _parser("python -m alignbench.report dashboard", "dashboard")
+    parser.add_argument("--store", type=Path, default=Path("store"), help="artifacts found there are linked")
+    options = parser.parse_args(arguments)
+    base = options.out or options.folder / "dashboard"
+    print(f"dashboard: {dashboard.write(options.folder, named(base, '.html'), options.store)}")
 
 
 def _parser(program: str, base: str) -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from scipy import stats as scipy_stats
 from scipy.optimize import brentq
+from scipy.special import stdtrit
 
 from alignbench.errors import DataError
 from alignbench.report.stats import BOOTSTRAP, NO_INTERVAL, NO_SPREAD, Estimate, FloatArray, cluster_bootstrap
@@ -91,7 +92,7 @@ class Crossed:
             return nothing
         if self.error == 0.0:
             return replace(nothing, low=self.mean, high=self.mean, method=NO_SPREAD)
-        reach = self.reach(lambda df: scipy_stats.t.ppf(0.5 + level / 2, df=df))
+        reach = self.reach(lambda df: float(stdtrit(df, 0.5 + level / 2)))
         return replace(nothing, low=self.mean - reach, high=self.mean + reach, method=CROSSED)
 
     def reach(self, quantile: Callable[[float], float]) -> float:
@@ -107,7 +108,7 @@ class Crossed:
             return 1.0 if self.mean == 0.0 else 0.0
 
         def beyond(p: float) -> float:
-            return self.reach(lambda df: scipy_stats.t.isf(p / 2, df=df)) - abs(self.mean)
+            return self.reach(lambda df: float(-stdtrit(df, p / 2))) - abs(self.mean)
 
         smallest = 1e-12
         return smallest if beyond(smallest) < 0 else float(brentq(beyond, smallest, 1.0, xtol=1e-13))

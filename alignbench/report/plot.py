@@ -11,7 +11,7 @@ from alignbench.report.table import rows_of
 # Okabe and Ito's palette: told apart with every common colour-vision deficiency
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
 MARKERS = "osD^vP*X"
-_ENDINGS = (".md", ".png", ".pdf", ".json", ".tex", ".csv")
+_ENDINGS = (".md", ".png", ".pdf", ".json", ".tex", ".csv", ".html")
 
 
 def trade_off(records: Sequence[Mapping[str, Any]], path: Path, *, utility: str) -> None:
