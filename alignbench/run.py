@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from alignbench import lab_scores, nodes, slots
+from alignbench import lab_scores, nodes, slots, stages
 from alignbench import record as records
 from alignbench.choose import choose, largest_processes
 from alignbench.cli import SWEEP_ENV
@@ -97,6 +97,7 @@ def execute(composed: DictConfig) -> float:
         scorers = lab_scores.assessments(lab, settings)
         compared = lab_scores.proxies(lab, evaluations, settings)
         judged, benchmarks = contests(lab, evaluations), _benchmarks(lab, evaluations)
+        geometries = _geometries(lab)
         record = records.make_record(
             run_id=identity,
             config=records.portable(recorded(composed)),
@@ -105,6 +106,7 @@ def execute(composed: DictConfig) -> float:
             certificates=certificates,
             scorers=scorers,
             proxies=compared,
+            geometries=geometries,
             nodes=lab.nodes,
             versions=versions(),
             tuned_by=tuned_by,
@@ -117,6 +119,7 @@ def execute(composed: DictConfig) -> float:
         folder = Path(config.output_dir) / identity
         with explained_disk_errors(folder):
             record["per_prompt"] = records.write_per_prompt(folder, evaluations)
+            record["training"] = records.write_training(folder, lab.nodes)
             path = records.write_record(folder, record)
             _report(record, folder, console, tracker)
             _generations(lab, evaluations, folder, tracker)
@@ -145,6 +148,7 @@ def planned(config: Config, settings: Any, store: Store, tracker: Tracker) -> Pl
     lab_scores.proxies(planner, evaluations, settings)
     contests(planner, evaluations)
     _benchmarks(planner, evaluations)
+    _geometries(planner)
     return planner
 
 
@@ -166,6 +170,11 @@ def _benchmarks(lab: Lab, evaluations: dict[str, Node]) -> dict[str, Node]:
     policies = {name: node.inputs["logprobs"].source("policy") for name, node in evaluations.items()}
     found = {name: lab.benchmark(policy, label=name) for name, policy in policies.items()}
     return {name: node for name, node in found.items() if node is not None}
+
+
+def _geometries(lab: Lab) -> list[Node]:
+    """What pictures show of every dual that the run has solved."""
+    return [lab.dual_geometry(node) for node in list(lab.nodes.values()) if node.stage is stages.DUAL]
 
 
 def _tuning(path: str | None, composed: DictConfig) -> dict[str, Any] | None:
