@@ -27,8 +27,8 @@ def course(bank: Bank, solution: Solution, *, points: int = POINTS) -> dict[str,
         points: Grid points, equally apart from 0 to well beyond the minimiser; one more stands on it.
 
     Returns:
-        By utility: `multiplier`, `value` D (CAN, arXiv 2405.19544, Lemma 2; reward units), `slack` dD/dlambda = predicted
-        less requested margin (utility units), `reward`, `kl` (nats), `ess_mean` and `ess_low` (mean and 5% quantile
+        By utility: `multiplier`, `value` D (CAN, arXiv 2405.19544, Lemma 2; reward units), `slack` dD/dlambda =
+        predicted - requested margin (utility units), `reward`, `kl` (nats), `ess_mean` and `ess_low` (mean, 5%-quantile
         over prompts of the effective sample size), each as long as the grid.
     """
     found = {}

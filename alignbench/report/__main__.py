@@ -19,6 +19,9 @@ python -m alignbench.report rounds FOLDER [--split train|test] [--out NAME]
 
 python -m alignbench.report judging FOLDER [--out NAME]
     what one judge said in several runs, each contest once, and Bradley-Terry ratings of all their policies together
+
+python -m alignbench.report plots FOLDER [--out FOLDER] [--only NAME,...]
+    every picture that the records allow, as .png and .pdf, and why the others cannot be drawn
 """
 
 from __future__ import annotations
@@ -36,7 +39,8 @@ from alignbench.report.compare_plot import picture
 from alignbench.report.entries import REFERENCE, groups_of
 from alignbench.report.over_optimisation import over_optimisation
 from alignbench.report.plot import named, trade_off
-from alignbench.report.runs import collect
+from alignbench.report.plots import PLOTS, draw_all
+from alignbench.report.runs import by_problem, collect
 from alignbench.report.sections import csv_text
 from alignbench.report.table import markdown_table, terminal_table
 
@@ -51,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
             _exact(given[0], given[1:])
         elif given[:1] == ["compare"]:
             _compare(given[1:])
+        elif given[:1] == ["plots"]:
+            _plots(given[1:])
         elif given[:1] == ["judging"]:
             _judging(given[1:])
         else:
@@ -125,6 +131,25 @@ def _judging(arguments: list[str]) -> None:
     _say_where(base)
 
 
+def _plots(arguments: list[str]) -> None:
+    parser = _parser("python -m alignbench.report plots", "plots")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[], help=f"some of: {', '.join(PLOTS)}")
+    options = parser.parse_args(arguments)
+    out = options.out or options.folder / "plots"
+    runs = collect(options.folder)
+    drawn, notes = draw_all(runs, out, options.only)
+    for note in notes:
+        print(note, file=sys.stderr)
+    for found in drawn:
+        print(
+            f"{found.name + ':':<12} {found.what}"
+            if found.files
+            else f"{found.name + ':':<12} not drawn: {found.reason}"
+        )
+        for file in found.files:
+            print(f"{'':<12} {file}")
+
+
 def _parser(program: str, base: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -150,7 +175,7 @@ def _console() -> Console:
 def _report(folder: Path, out: Path, *, each: bool = False) -> None:
     records = _read(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
-    problems = _by_problem(records)
+    problems = by_problem(records)
     summary = thresholds.thresholds_differ(records) and bool(thresholds.points_of(records))
     if summary:
         _console().print(thresholds.terminal_table(records, "requested against achieved"))
@@ -175,18 +200,6 @@ def _report(folder: Path, out: Path, *, each: bool = False) -> None:
 
 def _say_where(base: Path, *, picture: bool = True) -> None:
     print(f"table: {named(base, '.md')}\npicture: {named(base, '.png') if picture else 'none without scores'}")
-
-
-def _by_problem(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Records that may stand in one table: same data, prompts and constraint."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        config = record["config"]
-        constraint = config["constraint"]
-        asked = ",".join(f"{u}{t:+g}" for u, t in zip(constraint["utilities"], constraint["thresholds"], strict=True))
-        name = f"{config['dataset']['name']}-{config['evaluate']['split']}-{constraint['form']}-{asked}"
-        groups.setdefault(name, []).append(record)
-    return groups
 
 
 if __name__ == "__main__":
