@@ -71,17 +71,22 @@ def _completed(
     record["rows"][method]["policy"] = f"{method}-{asked}-{seed}"
     record["rows"][method]["predicted"] = {"margins": {"safety": asked}, "intervals": {"safety": [asked, asked]}}
     record["config"]["evaluate"]["level"] = 0.95
-    record["outcome"] |= {"multipliers": solved["multipliers"], "trajectory": [], "diagnostics": {"dual": {}}}
+    record["outcome"] |= {
+        "multipliers": solved["multipliers"],
+        "trajectory": [],
+        "diagnostics": {"dual": {"solver": "newton"}},
+    }
     if method == "mocaid":
         record["outcome"]["trajectory"] = [
             {
                 "iteration": t,
                 "policy": f"iterate {t}",
                 "multipliers": {"safety": 1.0 + 0.2 * t},
-                "slack": {"safety": {"mean": 0.1 * t - asked, "low": 0.1 * t - asked - 0.05, "high": 0.1 * t - asked + 0.05}},
+                "slack": {"safety": {"mean": slack, "low": slack - 0.05, "high": slack + 0.05}},
             }
             for t in (1, 2, 3)
-        ]  # fmt: skip
+            for slack in [0.1 * t - asked]
+        ]
     inputs = {"responses": f"bank-{seed}", "scores": f"scores-{seed}"}
     record["stages"] = [{"label": "geometry of dual", "key": solved["artifact"], "inputs": inputs}]
     record["duals"] = [solved]
