@@ -22,6 +22,10 @@ python -m alignbench.report judging FOLDER [--out NAME]
 
 python -m alignbench.report plots FOLDER [--out FOLDER] [--only NAME,...]
     every picture that the records allow, as .png and .pdf, and why the others cannot be drawn
+
+python -m alignbench.report wandb FOLDER --project NAME [--entity NAME] [--runs offline|online] [--save]
+    a W&B workspace as code (extra [wandb]), written as JSON and with --save saved; with --runs the W&B runs themselves,
+    made again from the records
 """
 
 from __future__ import annotations
@@ -33,8 +37,8 @@ from typing import Any
 
 from rich.console import Console
 
-from alignbench.errors import AlignbenchError
-from alignbench.report import certificates, compare, judging, rounds, thresholds
+from alignbench.errors import AlignbenchError, ConfigError
+from alignbench.report import certificates, compare, judging, rounds, thresholds, wandb_workspace
 from alignbench.report.compare_plot import picture
 from alignbench.report.entries import REFERENCE, groups_of
 from alignbench.report.over_optimisation import over_optimisation
@@ -57,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
             _compare(given[1:])
         elif given[:1] == ["plots"]:
             _plots(given[1:])
+        elif given[:1] == ["wandb"]:
+            _wandb(given[1:])
         elif given[:1] == ["judging"]:
             _judging(given[1:])
         else:
@@ -148,6 +154,35 @@ def _plots(arguments: list[str]) -> None:
         )
         for file in found.files:
             print(f"{'':<12} {file}")
+
+
+def _wandb(arguments: list[str]) -> None:
+    parser = _parser("python -m alignbench.report wandb", "wandb")
+    parser.add_argument("--project", default="alignbench", help="W&B project (default: alignbench)")
+    parser.add_argument("--entity", help="W&B user or team; needed by --save")
+    parser.add_argument("--runs", choices=("offline", "online"), help="make the W&B runs again from the records")
+    parser.add_argument("--save", action="store_true", help="save the workspace; needs a login")
+    options = parser.parse_args(arguments)
+    out, name = options.out or options.folder / "wandb-report", options.folder.resolve().name
+    if options.save and not options.entity:
+        raise ConfigError("whose workspace is it to be?", where="--save", mend="--entity NAME: a W&B user or team")
+    runs = collect(options.folder)
+    for note in runs.notes:
+        print(note, file=sys.stderr)
+    space = wandb_workspace.workspace(
+        runs, entity=options.entity or "", project=options.project, name=f"alignbench: {name}"
+    )
+    wandb_workspace.write_spec(space, out / "workspace.json")
+    print(f"workspace: {out / 'workspace.json'}")
+    if options.runs:
+        made = wandb_workspace.rebuild(
+            runs, out / "runs", mode=options.runs, project=options.project, entity=options.entity, group=name
+        )
+        print(f"runs: {len(made)} below {out / 'runs'}")
+        if options.runs == "offline":
+            print(f"upload them: wandb sync {out / 'runs'}/*/wandb/offline-run-*")
+    if options.save:
+        print(f"saved: {wandb_workspace.save(space)}")
 
 
 def _parser(program: str, base: str) -> argparse.ArgumentParser:
