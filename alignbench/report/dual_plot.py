@@ -28,7 +28,7 @@ def duals_of(records: Sequence[Mapping[str, Any]]) -> dict[str, list[Dual]]:
             bank = (*sorted(inputs.items()), dual["beta"])
             banks.setdefault(bank, {})[dual["artifact"]] = dual
             titles.setdefault(bank, (set(), record["seed"]))[0].add(str(record["method"]))
-    found = {}
+    found: dict[str, list[Dual]] = {}
     for bank, duals in banks.items():
         methods, seed = titles[bank]
         title = f"{', '.join(sorted(methods))}, seed {seed}, beta {bank[-1]:g}"

@@ -231,7 +231,8 @@ def together(records: Sequence[Mapping[str, Any]], *, resamples: int = 2000) -> 
             where="report judging",
             mend="report folders of one kind each",
         )
-    names, shown = _players(judged), dict[str, None]()
+    names = _players(judged)
+    reported_names: dict[str, None] = {}
     reported = {record["rows"][record["outcome"]["reported"]]["policy"] for record in judged}
     contests: dict[tuple[str, str], dict[str, Any]] = {}
     for record in judged:
@@ -242,14 +243,14 @@ def together(records: Sequence[Mapping[str, Any]], *, resamples: int = 2000) -> 
             )
             seen = {"row": row, "opponent": opponent, "label": f"{row}, seed {record['seed']}"}
             if record["rows"][contest["row"]]["policy"] in reported:
-                shown[row] = None
+                reported_names[row] = None
             contests.setdefault((contest["artifact"], contest["criterion"]), {**contest, **seen})
     rows = list(contests.values())
     first, level = judged[0]["judging"], judged[0]["config"]["evaluate"]["level"]
     return {
         **first,
         "contests": rows,
-        "reported": list(shown),
+        "reported": list(reported_names),
         "ratings": {
             criterion: rated(rows, criterion, level=level, resamples=resamples, seed=0, elo=False)
             for criterion in dict.fromkeys(row["criterion"] for row in rows)

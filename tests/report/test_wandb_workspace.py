@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 from sweep_records import METHODS, write_sweep
-from test_tracking import Mirror, mirrors
+from wandb_files import Mirror, mirrors
 
 from alignbench.mirror import summary_of
 from alignbench.report import wandb_workspace
 from alignbench.report.__main__ import main
+from alignbench.report.plot import trade_off
 from alignbench.report.runs import collect
 
 pytest.importorskip("wandb_workspaces", reason="the extra [wandb] is not installed")
@@ -40,8 +41,6 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[
     for path in folder.iterdir():
         if path.name not in kept:
             (path / "record.json").unlink()
-    from alignbench.report.plot import trade_off
-
     for record in records:
         trade_off([record], folder / record["run_id"] / "trade_off", utility="safety")
     assert main(["wandb", str(folder), "--project", "p", "--runs", "offline"]) == 0
