@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from alignbench import __version__
+from alignbench.errors import StoreError
 from alignbench.jsonio import atomic_write_json, atomic_write_jsonl, read_json
 from alignbench.lab import Node, spec_of
 from alignbench.methods import Outcome
@@ -33,6 +35,7 @@ def make_record(
     scorers: dict[str, Node] | None = None,
     proxies: dict[str, dict[str, Node]] | None = None,
     geometries: list[Node] | None = None,
+    experiments: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Assemble a run's record; no absolute path and no secret goes in.
 
@@ -48,6 +51,7 @@ def make_record(
         scorers: Assessment of each scorer that the run trained itself.
         proxies: By scorer and row, gains by that scorer and by gold.
         geometries: What pictures show of each dual that was solved.
+        experiments: Presets under which this run was asked for (`experiments_of`).
     """
     further: dict[str, Any] = {}
     if scorers:
@@ -71,6 +75,7 @@ def make_record(
         "commit": git_commit(),
         "versions": versions,
         "config": config,
+        "experiments": list(experiments),
         "method": config["method"]["name"],
         "seed": config["seed"],
         "outcome": {
@@ -95,6 +100,18 @@ def make_record(
         "tuned_by": tuned_by,
         **further,
     }
+
+
+def experiments_of(folder: Path, experiment: str | None) -> list[str]:
+    """Presets under which the run of a folder was asked for: this one, and those of the record that is there.
+
+    Twins of two papers' presets can be one run, and then stand in one folder.
+    """
+    try:
+        earlier = read_json(folder / "record.json").get("experiments", [])
+    except (OSError, StoreError):  # none, or a damaged one, which is about to be replaced
+        earlier = []
+    return sorted({*earlier, *([experiment] if experiment else [])})
 
 
 def multipliers_of(outcome: Outcome, row: str) -> dict[str, float]:

@@ -97,6 +97,7 @@ def execute(composed: DictConfig) -> float:
         outcome, evaluations, certificates = _recipe(lab, config, settings)
         scorers = lab_scores.assessments(lab, settings)
         compared = lab_scores.proxies(lab, evaluations, settings)
+        folder = Path(config.output_dir) / identity
         judged, benchmarks = contests(lab, evaluations), _benchmarks(lab, evaluations)
         geometries = _geometries(lab)
         record = records.make_record(
@@ -111,13 +112,13 @@ def execute(composed: DictConfig) -> float:
             nodes=lab.nodes,
             versions=versions(),
             tuned_by=tuned_by,
+            experiments=records.experiments_of(folder, _experiment()),
         )
         for name, node in benchmarks.items():
             record["rows"][name]["metrics"] |= node.result.json("metrics.json")["metrics"]
         if config.judge is not None:
             ev = config.evaluate
             record["judging"] = entry(config.judge, judged, level=ev.level, resamples=ev.resamples, seed=config.seed)
-        folder = Path(config.output_dir) / identity
         with explained_disk_errors(folder):
             record["per_prompt"] = records.write_per_prompt(folder, evaluations)
             record["training"] = records.write_training(folder, lab.nodes)
@@ -203,6 +204,14 @@ def _sweep_name() -> str | None:
     if hydra is None or hydra.mode is None or hydra.mode.name != "MULTIRUN":
         return None
     return os.environ.get(SWEEP_ENV)
+
+
+def _experiment() -> str | None:
+    """The preset that the command line named; None without one."""
+    if not HydraConfig.initialized():
+        return None
+    choice = HydraConfig.get().runtime.choices.get("experiment")
+    return None if choice is None else str(choice)
 
 
 def _report(record: dict[str, Any], folder: Path, console: Console) -> None:

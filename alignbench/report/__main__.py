@@ -26,6 +26,10 @@ python -m alignbench.report plots FOLDER [--out FOLDER] [--only NAME,...]
 python -m alignbench.report wandb FOLDER --project NAME [--entity NAME] [--runs offline|online] [--save]
     a W&B workspace as code (extra [wandb]), written as JSON and with --save saved; with --runs the W&B runs themselves,
     made again from the records
+
+python -m alignbench.report published [FOLDER] [--table PAPER/TABLE] [--out FOLDER]
+    the papers' published tables with source and certainty, and beside them the runs of their presets below FOLDER, with
+    the scale at which these ran; without FOLDER the papers' tables alone; Markdown, LaTeX (booktabs), CSV and pictures
 """
 
 from __future__ import annotations
@@ -38,14 +42,24 @@ from typing import Any
 from rich.console import Console
 
 from alignbench.errors import AlignbenchError, ConfigError
-from alignbench.report import certificates, compare, judging, rounds, thresholds, wandb_workspace
+from alignbench.report import (
+    certificates,
+    compare,
+    judging,
+    published,
+    published_tables,
+    rounds,
+    thresholds,
+    wandb_workspace,
+)
 from alignbench.report.compare_plot import picture
 from alignbench.report.entries import REFERENCE, groups_of
 from alignbench.report.over_optimisation import over_optimisation
 from alignbench.report.plot import named, trade_off
 from alignbench.report.plots import PLOTS, draw_all
-from alignbench.report.runs import by_problem, collect
-from alignbench.report.sections import csv_text
+from alignbench.report.published_runs import Found
+from alignbench.report.runs import Runs, by_problem, collect
+from alignbench.report.sections import Section, csv_text
 from alignbench.report.table import markdown_table, terminal_table
 
 _PAIRS_SHOWN = 20
@@ -65,6 +79,8 @@ def main(arguments: list[str] | None = None) -> int:
             _wandb(given[1:])
         elif given[:1] == ["judging"]:
             _judging(given[1:])
+        elif given[:1] == ["published"]:
+            _published(given[1:])
         else:
             _summary(given)
     except AlignbenchError as error:
@@ -183,6 +199,34 @@ def _wandb(arguments: list[str]) -> None:
             print(f"upload them: wandb sync {out / 'runs'}/*/wandb/offline-run-*")
     if options.save:
         print(f"saved: {wandb_workspace.save(space)}")
+
+
+def _published(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m alignbench.report published",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("folder", type=Path, nargs="?", help="folder with run folders; none: the papers alone")
+    parser.add_argument("--table", help="one table only, as PAPER/TABLE")
+    parser.add_argument("--out", type=Path, help="folder for the files (default: FOLDER/published, outputs/published)")
+    options = parser.parse_args(arguments)
+    of = published.published()
+    tables = of.tables if options.table is None else (of.table(options.table),)
+    runs = Runs([], {}) if options.folder is None else collect(options.folder)
+    console = _console()
+
+    def say(section: Section, found: Found) -> None:
+        if options.table is not None or found.lines:
+            console.print(section.terminal())
+            for note in section.notes:
+                console.print(f"- {note}", markup=False, highlight=False, soft_wrap=True)
+
+    out = options.out or (options.folder or Path("outputs")) / "published"
+    page, used = published_tables.report(of, tables, runs.records, out, runs.notes, say)
+    for note in runs.notes:
+        print(note, file=sys.stderr)
+    print(f"runs of these tables' presets: {used} of {len(runs.records)}\ntables: {page}")
 
 
 def _parser(program: str, base: str) -> argparse.ArgumentParser:

@@ -99,6 +99,9 @@ def _read(path: Path) -> tuple[Record | None, str]:
 def _duplicate(found: dict[str, tuple[Path, Record]], record: Record, path: Path, name: str) -> str:
     """Keep one of two records of one run: the newer, where their numbers differ."""
     kept_path, kept = found[record["run_id"]]
+    # one run, whichever presets asked for it
+    asked = {*(kept.get("experiments") or ()), *(record.get("experiments") or ())}
+    kept["experiments"] = record["experiments"] = sorted(asked)
     if record["rows"] == kept["rows"]:
         return f"counted once: {name} is a copy of {kept_path.parent.name}"
     newer = str(record.get("created", "")) > str(kept.get("created", ""))

@@ -91,10 +91,10 @@ def points_of(records: Sequence[Record]) -> list[Point]:
                     utility=utility,
                     seeds=(record["seed"],),
                     requested=constraint["requested_margin"],
-                    predicted=_predicted(row, utility),
+                    predicted=predicted_margin(row, utility),
                     achieved=constraint["achieved_margin"],
                     violation=constraint["violation"],
-                    multiplier=_multiplier(record, row, utility),
+                    multiplier=multiplier_of(record, row, utility),
                     reward=row["metrics"].get("reward"),
                     kl=row["metrics"].get("kl"),
                     satisfied=int(constraint["satisfied"]),
@@ -196,7 +196,7 @@ def series_of(records: Sequence[Record]) -> list[str]:
     A setting is named only if runs of the same thresholds differ in it and no setting named before tells them apart;
     so a multiplier chosen for each threshold, which has its own column, names nothing.
     """
-    flat = [_settings(record) for record in records]
+    flat = [settings_of(record) for record in records]
     labels = [[str(record["method"])] for record in records]
     everywhere = list(range(len(records)))
     shared = _telling(flat, records, everywhere, lambda key: not key.startswith("method."))
@@ -229,7 +229,8 @@ def _telling(
     return chosen
 
 
-def _settings(record: Record) -> dict[str, str]:
+def settings_of(record: Record) -> dict[str, str]:
+    """Key -> value, as JSON, of every setting that may change numbers, but for thresholds and seed."""
     flat = _flatten(record["config"])
     kept = {k: v for k, v in flat.items() if k not in _NO_SETTING and not k.startswith(_NO_SECTION)}
     kept.pop("method.name", None)
@@ -250,7 +251,8 @@ def _spelled(value: str | None) -> str:
     return "unset" if value is None else value.strip('"').replace(" ", "")
 
 
-def _predicted(row: Mapping[str, Any], utility: str) -> Value | None:
+def predicted_margin(row: Mapping[str, Any], utility: str) -> Value | None:
+    """The margin that the dual predicted for a row's policy before training."""
     predicted = row.get("predicted") or {}
     mean = (predicted.get("margins") or {}).get(utility)
     if mean is None:
@@ -259,7 +261,7 @@ def _predicted(row: Mapping[str, Any], utility: str) -> Value | None:
     return {"mean": mean, "low": low, "high": high}
 
 
-def _multiplier(record: Record, row: Mapping[str, Any], utility: str) -> Value | None:
+def multiplier_of(record: Record, row: Mapping[str, Any], utility: str) -> Value | None:
     """The policy's own multiplier; the outcome's is that of the reported policy, too."""
     found = row.get("multipliers") or record["outcome"].get("multipliers") or {}
     value = found.get(utility)
