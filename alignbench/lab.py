@@ -30,6 +30,7 @@ from alignbench.stages.dualize import (
 )
 from alignbench.stages.evaluate import EvaluateSpec
 from alignbench.stages.explore import BonusSpec, FeaturesSpec, JoinSpec, TiltSpec
+from alignbench.stages.geometry import GeometrySpec
 from alignbench.stages.listed import DrawSpec, ListSpec, LookupSpec, RatioSpec
 from alignbench.stages.measure import LogProbsSpec, SampleSpec
 from alignbench.stages.policies import MergeSpec, PreferSpec, SftSpec
@@ -371,6 +372,11 @@ class Lab(DataLab):
         ev = self.config.evaluate
         spec = DualSpec(ProblemSpec.of(problem), solver, ev.level, min(ev.resamples, 500))
         return self._run(stages.DUAL, spec, bank.inputs(), "dual")
+
+    def dual_geometry(self, solved: Node) -> Node:
+        """The dual around its minimiser, for pictures: on the bank and for the problem that were solved."""
+        spec = GeometrySpec(solved.identity.spec.problem)
+        return self._run(stages.GEOMETRY, spec, solved.inputs, f"geometry of {solved.label}")
 
     def given(self, multipliers: Mapping[str, float], *, label: str = "given multipliers") -> Node:
         """Multipliers that the configuration states."""

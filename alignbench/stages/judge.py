@@ -320,4 +320,4 @@ def _verdicts_estimate(
     return Estimate(Facts(rows=inputs["judged"].rows), overhead_seconds=1.0)
 
 
-VERDICTS = register(Stage("verdicts", 1, "verdicts", VerdictsSpec, _verdicts, _verdicts_estimate))
+VERDICTS = register(Stage("verdicts", 2, "verdicts", VerdictsSpec, _verdicts, _verdicts_estimate))

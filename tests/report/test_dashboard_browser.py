@@ -175,7 +175,7 @@ def test_controls_have_names(browser: Any, sweep: Path) -> None:
         # one h1, and no level of heading is skipped
         levels = page.locator("h1, h2, h3, h4").evaluate_all("all => all.map(h => Number(h.tagName[1]))")
         assert levels.count(1) == 1
-        assert all(after - before <= 1 for before, after in zip(levels, levels[1:], strict=False))
+        assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
         assert page.evaluate("document.documentElement.lang") == "en"
 
 
