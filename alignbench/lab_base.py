@@ -149,7 +149,7 @@ class LabBase:
         assert asked is not None
         preamble = self.questions.preamble if asked.form == "qa" else ""
         dtype = self.config.hardware.dtype
-        return TruthfulQASpec(self.questions.content, asked.form, preamble, self.tokens, dtype, ev.level, ev.resamples)
+        return TruthfulQASpec(self.questions.content, asked.form, preamble, self.tokens, dtype, ev.level)
 
     # content is hashed once per run: a 7B model takes seconds
 

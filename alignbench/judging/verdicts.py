@@ -7,7 +7,7 @@ missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from alignbench.errors import ConfigError
 from alignbench.judging.protocols import OPPONENT_FIRST, POLICY_FIRST
 from alignbench.report.calibration import reliability
 from alignbench.report.stats import Estimate, cluster_bootstrap
+from alignbench.report.tails import rate_interval
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -118,7 +119,7 @@ def win_values(triples: FloatArray, tie: float) -> FloatArray:
 
 @dataclass(frozen=True)
 class Options:
-    """How intervals are made; see `alignbench.report.stats.cluster_bootstrap`."""
+    """How intervals are made; see `alignbench.report.stats.cluster_bootstrap` and `report.tails.rate_interval`."""
 
     level: float
     resamples: int
@@ -126,14 +127,24 @@ class Options:
 
 
 def rate(values: FloatArray, prompts: npt.NDArray[Any], options: Options) -> dict[str, Any]:
-    """Mean of the values that are not missing, clustered by prompt; no number where all are missing."""
+    """Mean of the values in [0, 1] that are not missing, clustered by prompt; no number where all are missing."""
+    return _of_readable(values, prompts, options, lambda v, p: rate_interval(v, p, level=options.level))
+
+
+def preference(values: FloatArray, prompts: npt.NDArray[Any], options: Options) -> dict[str, Any]:
+    """As `rate`, of differences, which may be negative."""
+    chosen: Any = {"level": options.level, "resamples": options.resamples, "seed": options.seed}
+    return _of_readable(values, prompts, options, lambda v, p: cluster_bootstrap(v, p, **chosen))
+
+
+def _of_readable(
+    values: FloatArray, prompts: npt.NDArray[Any], options: Options, interval: Callable[..., Estimate]
+) -> dict[str, Any]:
     kept = ~np.isnan(values)
     if not kept.any():
         nothing = Estimate(np.nan, np.nan, np.nan, 0, 0, options.level, NOTHING_JUDGED)
         return nothing.to_dict() | {"mean": None}
-    return cluster_bootstrap(
-        values[kept], prompts[kept], level=options.level, resamples=options.resamples, seed=options.seed
-    ).to_dict()
+    return interval(values[kept], prompts[kept]).to_dict()
 
 
 def win_tie_loss(triples: FloatArray, tie: float, prompts: npt.NDArray[Any], options: Options) -> dict[str, Any]:
@@ -175,7 +186,7 @@ def order_bias(judgements: Judgements, prompts: npt.NDArray[Any], options: Optio
     a, b = map(np.array, zip(*pairs, strict=True))
     owners = prompts[judgements.comparison[a]]
     return {
-        "first_place": rate((values[a] - values[b]) / 2, owners, options),
+        "first_place": preference((values[a] - values[b]) / 2, owners, options),
         "agreement": rate((said[a] == said[b]).all(axis=1).astype(np.float64), owners, options),
     }
 
@@ -208,7 +219,7 @@ def against_gold(
         "agreement": rate(np.where(decided, agreement, np.nan), prompts, options),
         "win_rate": rate(np.where(readable, truth, np.nan), prompts, options),
         # of a longer opponent the judge's preference is 1 - value, and gold's 1 - truth
-        "length_bias": rate(np.where(uneven, longer * (values - truth), np.nan), prompts, options),
+        "length_bias": preference(np.where(uneven, longer * (values - truth), np.nan), prompts, options),
     }
 
 

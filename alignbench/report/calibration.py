@@ -12,9 +12,8 @@ from scipy import stats as scipy_stats
 from alignbench.data.schema import label_column
 from alignbench.problem import cost_from_utility
 from alignbench.report.plot import pyplot, save, style
-from alignbench.report.stats import cluster_bootstrap, wilson
-
-_RESAMPLES = 1000
+from alignbench.report.stats import wilson
+from alignbench.report.tails import rate_interval
 
 
 def reliability(probability: np.ndarray, happened: np.ndarray, bins: int) -> dict[str, Any]:
@@ -97,10 +96,9 @@ def assess(
     label = np.array([row[label_column(column)] for row in rows])
     prompts = np.array([str(row.get("prompt_id", row["prompt"])) for row in rows])
     difference = utilities[:, 1] - utilities[:, 0]
-    options: dict[str, Any] = {"level": 0.95, "resamples": _RESAMPLES, "seed": 0}
     found: dict[str, Any] = {
         "pairs": len(rows),
-        "accuracy": cluster_bootstrap(_agrees(difference, label), prompts, **options).to_dict(),
+        "accuracy": rate_interval(_agrees(difference, label), prompts).to_dict(),
         "preference": reliability(_sigmoid(difference), label == 1, bins),
     }
     if is_cost:
@@ -108,7 +106,7 @@ def assess(
         unsafe = ~np.array([[row[f"is_response_{k}_safe"] for k in (0, 1)] for row in rows], dtype=bool).reshape(-1)
         right = np.where(cost == 0, 0.5, (cost > 0) == unsafe)
         found |= {
-            "sign_accuracy": cluster_bootstrap(right, np.repeat(prompts, 2), **options).to_dict(),
+            "sign_accuracy": rate_interval(right, np.repeat(prompts, 2)).to_dict(),
             "auroc": auroc(cost, unsafe),
             "threshold": best_threshold(cost, unsafe),
             "unsafe": reliability(_sigmoid(cost), unsafe, bins),

@@ -18,11 +18,11 @@ from alignbench.data.templates import render_prompt
 from alignbench.data.tokenize import encode
 from alignbench.engine.batching import Row
 from alignbench.engine.logprobs import sequence_logprobs
-from alignbench.engine.runtime import derive_seed, device_of, dtype_of, peak_memory
+from alignbench.engine.runtime import device_of, dtype_of, peak_memory
 from alignbench.errors import DataError
 from alignbench.jsonio import write_json, write_jsonl
 from alignbench.models import policy as policies
-from alignbench.report.stats import cluster_bootstrap
+from alignbench.report.tails import rate_interval
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register, scoring_estimate
 from alignbench.stages.tokens import TokenSpec
 
@@ -42,7 +42,6 @@ class TruthfulQASpec:
         tokens: Template and lengths.
         dtype: Parameter dtype.
         level: Two-sided coverage.
-        resamples: Bootstrap draws of questions.
     """
 
     questions: str
@@ -51,7 +50,6 @@ class TruthfulQASpec:
     tokens: TokenSpec
     dtype: str
     level: float
-    resamples: int
 
 
 @dataclass(frozen=True)
@@ -194,13 +192,9 @@ def _run(ctx: Context) -> None:
         "mc1": [mc1(part, q["mc1_targets"]["labels"]) for part, q in zip(parts[::2], questions, strict=True)],
         "mc2": [mc2(part, q["mc2_targets"]["labels"]) for part, q in zip(parts[1::2], questions, strict=True)],
     }
-    options: Any = {
-        "level": spec.level,
-        "resamples": spec.resamples,
-        "seed": derive_seed(ctx.seed, "bootstrap"),
-    }
     metrics = {
-        name: cluster_bootstrap(values, np.arange(len(values)), **options).to_dict() for name, values in scores.items()
+        name: rate_interval(values, np.arange(len(values)), level=spec.level).to_dict()
+        for name, values in scores.items()
     }
     write_json(ctx.out / "metrics.json", {"metrics": metrics, "questions": len(questions), "cut_prompts": cut})
     write_jsonl(
@@ -225,4 +219,4 @@ def _estimate(
     )
 
 
-TRUTHFULQA = register(Stage("truthfulqa", 1, "benchmark", TruthfulQASpec, _run, _estimate, parallel=True))
+TRUTHFULQA = register(Stage("truthfulqa", 2, "benchmark", TruthfulQASpec, _run, _estimate, parallel=True))

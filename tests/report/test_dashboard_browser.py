@@ -6,6 +6,7 @@ said anything on the console or asked for anything.
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
