@@ -23,7 +23,7 @@ from scipy import special
 from scipy.optimize import brentq
 
 from alignbench.errors import DataError
-from alignbench.report.crossed import FEWEST_SEEDS, Crossed, cross, holm
+from alignbench.report.crossed import FEWEST_SEEDS, Crossed, cross, holm, reach_of
 from alignbench.report.stats import NO_INTERVAL, NO_SPREAD, Estimate, FloatArray
 
 LEVEL = 0.95
@@ -94,7 +94,7 @@ class Effect:
         return mirrored.p_above(-value)
 
     def _reach(self, p: float) -> float:
-        return math.sqrt(sum(float(special.stdtrit(df, p)) ** 2 * variance for variance, df in self.parts))
+        return reach_of(self.parts, lambda df: -float(special.stdtrit(df, p)))
 
     def _p(self, distance: float) -> float:
         """The p in (0, 1/2] whose one-sided reach is `distance`."""
