@@ -16,12 +16,14 @@ import numpy.typing as npt
 
 from alignbench.errors import ConfigError
 from alignbench.judging.protocols import OPPONENT_FIRST, POLICY_FIRST
+from alignbench.report.calibration import reliability
 from alignbench.report.stats import Estimate, cluster_bootstrap
 from alignbench.report.tails import rate_interval
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 RULES = ("each", "consistent")
+_BINS = 10
 NOTHING_JUDGED = "nothing that the judge said could be read"
 
 
@@ -204,12 +206,16 @@ def against_gold(
     Returns:
         `agreement`: the judge's share of verdicts for the truly better answer (a tie is half), where gold is no tie;
         `win_rate`: the true one, of the same readable comparisons, ties half; `length_bias`: how much more often the
-        judge prefers the longer answer than gold does (ties half), over answers of different lengths.
+        judge prefers the longer answer than gold does (ties half), over answers of different lengths; `calibration`:
+        what the judge says for the policy's answer (0 to 1, ties half) against how often it is better, where gold is
+        no tie; None where no such comparison could be read.
     """
     values, truth = win_values(triples, 0.5), 0.5 + 0.5 * gold
     readable, decided, uneven = ~np.isnan(values), gold != 0, longer != 0
     agreement = np.where(gold > 0, values, 1 - values)
+    kept = readable & decided
     return {
+        "calibration": reliability(values[kept], gold[kept] > 0, _BINS) if kept.any() else None,
         "agreement": rate(np.where(decided, agreement, np.nan), prompts, options),
         "win_rate": rate(np.where(readable, truth, np.nan), prompts, options),
         # of a longer opponent the judge's preference is 1 - value, and gold's 1 - truth

@@ -105,12 +105,8 @@ class Crossed:
         return replace(nothing, low=self.mean - reach, high=self.mean + reach, method=CROSSED)
 
     def reach(self, quantile: Callable[[float], float]) -> float:
-        """Half an interval's length: the standard error times the parts' quantiles' weighted geometric mean."""
-        parts = [(variance, float(quantile(df))) for variance, df in self.parts if variance > 0.0]
-        if not parts or min(q for _, q in parts) <= 0.0:
-            return 0.0
-        total = sum(variance for variance, _ in parts)
-        return math.exp(sum(v * math.log(q) for v, q in parts) / total) * math.sqrt(total)
+        """Half an interval's length, see `reach_of`."""
+        return reach_of(self.parts, quantile)
 
     @property
     def p_value(self) -> float:
@@ -121,10 +117,24 @@ class Crossed:
             return 1.0 if self.mean == 0.0 else 0.0
 
         def beyond(p: float) -> float:
-            return self.reach(lambda df: -float(stdtrit(df, p / 2))) - abs(self.mean)
+            return self.reach(lambda df: float(-stdtrit(df, p / 2))) - abs(self.mean)
 
         smallest = 1e-12
         return smallest if beyond(smallest) < 0 else float(brentq(beyond, smallest, 1.0, xtol=1e-13))
+
+
+def reach_of(parts: Sequence[tuple[float, float]], quantile: Callable[[float], float]) -> float:
+    """Half an interval's length: the standard error times the parts' quantiles' weighted geometric mean.
+
+    Args:
+        parts: (variance, degrees of freedom) of each part of the error.
+        quantile: Of Student's t, or what stands in its place, by degrees of freedom.
+    """
+    found = [(variance, float(quantile(df))) for variance, df in parts if variance > 0.0]
+    if not found or min(q for _, q in found) <= 0.0:
+        return 0.0
+    total = sum(variance for variance, _ in found)
+    return math.exp(sum(v * math.log(q) for v, q in found) / total) * math.sqrt(total)
 
 
 def cross(values: FloatArray) -> Crossed:
