@@ -153,7 +153,7 @@ def _numbers(text: str) -> list[float]:
 def _claims(arguments: list[str]) -> None:
     options = _parser("python -m alignbench.report claims", "claims").parse_args(arguments)
     base = options.out or options.folder / "claims"
-    runs = collect(options.folder)
+    runs = collect(options.folder, measured=True)
     page.report(runs, base, options.folder, _console())
     for note in runs.notes:
         print(note, file=sys.stderr)
@@ -177,7 +177,7 @@ def _plots(arguments: list[str]) -> None:
     parser.add_argument("--only", type=lambda text: text.split(","), default=[], help=f"some of: {', '.join(PLOTS)}")
     options = parser.parse_args(arguments)
     out = options.out or options.folder / "plots"
-    runs = collect(options.folder)
+    runs = collect(options.folder, measured=True)
     drawn, notes = draw_all(runs, out, options.only)
     for note in notes:
         print(note, file=sys.stderr)
@@ -201,7 +201,7 @@ def _wandb(arguments: list[str]) -> None:
     out, name = options.out or options.folder / "wandb-report", options.folder.resolve().name
     if options.save and not options.entity:
         raise ConfigError("whose workspace is it to be?", where="--save", mend="--entity NAME: a W&B user or team")
-    runs = collect(options.folder)
+    runs = collect(options.folder, measured=True)
     for note in runs.notes:
         print(note, file=sys.stderr)
     space = wandb_workspace.workspace(
@@ -232,7 +232,7 @@ def _published(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     of = published.published()
     tables = of.tables if options.table is None else (of.table(options.table),)
-    runs = Runs([], {}) if options.folder is None else collect(options.folder)
+    runs = Runs([], {}) if options.folder is None else collect(options.folder, measured=True)
     console = _console()
 
     def say(section: Section, found: Found) -> None:

@@ -26,7 +26,7 @@ def ratings(records: Sequence[Mapping[str, Any]], path: Path) -> list[str]:
     """
     kinds: dict[tuple[str, str, str], list[Mapping[str, Any]]] = {}
     for record in records:
-        if record.get("judging", {}).get("contests"):
+        if (record.get("judging") or {}).get("contests"):
             kinds.setdefault(kind_of(record), []).append(record)
     drawn = []
     for kind, own in kinds.items():

@@ -89,7 +89,7 @@ def collect(folder: Path, *, thresholds: bool = False, measured: bool = False, j
     for path in paths:
         inside = path.parent != folder and path.is_relative_to(folder)
         name = str(path.parent.relative_to(folder)) if inside else path.parent.name
-        record, fault = _read(path, _Needs(thresholds or measured, measured, judged))
+        record, fault = _read(path, _Needs(thresholds or measured or judged, measured, judged))
         if record is None:
             notes.append(f"left out: {name}: {fault}")
             continue

@@ -104,10 +104,12 @@ ODD = {
         (folder / BAD / "record.json").mkdir(),
     ),
 }
-COMMANDS: dict[str, list[str]] = {
-    "summary": [], "each": ["--each"], "compare": ["compare"], "certificates": ["certificates"], "rounds": ["rounds"],
-    "judging": ["judging"],
-}  # fmt: skip
+COMMANDS: dict[str, list[str]] = {"summary": [], "each": ["--each"]} | {
+    name: [name]
+    for name in ("certificates", "claims", "compare", "dashboard", "judging", "plots", "published", "rounds")
+}
+TOLD = ("summary", "each", "certificates", "compare", "rounds", "claims", "judging", "published")
+NAMED = ("summary", "each", "certificates", "compare", "rounds")
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +120,7 @@ def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Figure, "savefig", lambda *args, **kwargs: None)
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", TOLD)
 def test_what_cannot_be_used_is_told_and_left_out(
     sweep: Path, command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -139,7 +141,7 @@ def test_no_fault_of_one_run_stops_the_others(sweep: Path, command: str, fault: 
     assert main([*COMMANDS[command], str(sweep)]) == 0
 
 
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name != "judging"])
+@pytest.mark.parametrize("command", NAMED)
 def test_missing_seeds_and_copies_are_told(sweep: Path, command: str, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.rmtree(sweep / BAD)
     shutil.copytree(sweep / "b-1-0.2-0.5", sweep / "copy")

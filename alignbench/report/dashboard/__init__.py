@@ -25,7 +25,7 @@ def write(folder: Path, path: Path, store: Path | None = None) -> Path:
         DataError: No record can be used.
         ConfigError: The plotting library is not installed.
     """
-    content = content_of(collect(folder), path.parent, store)
+    content = content_of(collect(folder, measured=True), path.parent, store)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page_of(content, folder.resolve().name), encoding="utf-8", errors="replace")
     return path
