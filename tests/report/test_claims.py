@@ -360,7 +360,7 @@ def test_missing_seeds_and_thresholds_are_named(tmp_path: Path) -> None:
     assert "0.7 left out" in notes
     assert "points beyond those declared" not in notes
     assert "points declared and not there: -0.2, 0, 0.1, 0.2" in notes
-    assert found.reason == "surely positive (on part of what was declared)"
+    assert found.reason == "surely positive (not on all that was declared)"
     assert "seed 3 left out: missing for MoCAID @ 0.4" in notes
 
 
