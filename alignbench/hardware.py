@@ -19,7 +19,6 @@ _CHOICES = {
     "offload": ("none", "cpu", "nvme"),
     "launcher": ("torchrun", "deepspeed"),
     "attention": ("auto", "padded", "packed_sdpa", "packed_flex"),
-    "compile": ("auto", "on", "off"),
     "optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"),
     "generator": ("built_in", "vllm"),
 }
@@ -55,7 +54,7 @@ class HardwareConfig:
     generation_batch: int = MISSING
     generator: str = "built_in"
     activation_checkpointing: bool = False
-    compile: str = "auto"
+    compile: bool = False
     optimizer: str = "adamw"
     threads: int = 0
     checkpoint_every: int = MISSING
@@ -95,11 +94,11 @@ def check_hardware(hardware: HardwareConfig) -> None:
             )
     _check_offload(hardware)
     _check_optimizer(hardware)
-    if hardware.compile == "on" and hardware.zero_stage == 3:
+    if hardware.compile and hardware.zero_stage == 3:
         raise ConfigError(
             "ZeRO-3 gathers and frees weights inside of blocks, where compiled code cannot be interrupted",
             where="hardware.compile",
-            mend="hardware.compile=off, or ZeRO 0, 1 or 2",
+            mend="hardware.compile=false, or ZeRO 0, 1 or 2",
         )
     if hardware.attention == "packed_flex" and hardware.device == "cpu":
         raise ConfigError("FlexAttention trains on a GPU only", where="hardware.attention", mend="packed_sdpa, or auto")

@@ -20,7 +20,6 @@ from alignbench.launch import run_on_ranks
 from alignbench.models.policy import fingerprint as model_fingerprint
 from alignbench.models.policy import shape_of
 from alignbench.stages.files import TableSpec
-from alignbench.stages.judge import JudgeAccess
 from alignbench.stages.policies import lora_parameter_count
 from alignbench.stages.stage import Context, Runtime, Stage
 from alignbench.stages.tokens import TokenSpec
@@ -191,7 +190,7 @@ class LabBase:
         if files is not None:
             locations |= {name: _source(source) for name, _, source in files.sources()}
         if self.config.judge is not None:
-            locations["judge"] = JudgeAccess.of(self.config.judge)
+            locations["judge"] = self.config.judge
         if self.config.benchmark is not None:
             locations["truthfulqa"] = self.questions
         return Runtime(self.config.hardware, self.config.evaluate.every_steps, locations)

@@ -27,8 +27,8 @@ SLACK = {"cpu": 2.0, "cuda": 1.0}
 _OWN_PAGES = 32 * 2**20
 #: Numbers that share a scale (fp32) among bitsandbytes's 8-bit moments.
 _EIGHT_BIT_BLOCK = 256
-#: Elements that DeepSpeed 0.19 reduces at once, and parameters that ZeRO-3 keeps gathered: its defaults.
-_BUCKET, _LIVE = 5e8, 1e9
+#: Gradients that DeepSpeed 0.19 reduces at once, at most, and parameters that ZeRO-3 keeps gathered: its defaults.
+_BUCKET, _LIVE = 500_000_000, 1e9
 
 
 @dataclass(frozen=True)
@@ -155,10 +155,22 @@ def gradient_bytes(trained: float, hardware: HardwareConfig) -> float:
     if stage == 0:
         return 4 * trained
     own = 4 * trained / hardware.processes
-    passing = min(trained, _BUCKET) * 4  # on their way to their owner
+    passing = 4 * reduce_bucket(trained)  # on their way to their owner
     if stage == 1:
-        return 4 * trained + own
+        # a CPU's pages of the bucket come as gradients move into it and leave their own; a GPU has them from the start
+        return 4 * trained + own + (passing if hardware.device == "cuda" else 0.0)
     return own + passing
+
+
+def reduce_bucket(trained: float) -> int:
+    """Elements of the buffer that ZeRO reduces gradients through: DeepSpeed's own number, or all that there are."""
+    return int(min(trained, _BUCKET))
+
+
+def resting_bytes(parameters: float, trained: float, hardware: HardwareConfig) -> float:
+    """Bytes per process between steps of training: the state, and ZeRO-3's buffers for gradients, which stay."""
+    stays = gradient_bytes(trained, hardware) if zero_of(hardware) == 3 else 0.0
+    return state_bytes(parameters, trained, hardware) + stays
 
 
 def saved_bytes(widths: Widths, work: Work, hardware: HardwareConfig, lora: LoraConfig | None) -> float:

@@ -16,6 +16,7 @@ import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import statistics
@@ -54,10 +55,11 @@ class Piece:
         kind: "step" (an optimiser step), "forward" (log-probs without gradients), or "sample".
         shape: The model's.
         prompt: Tokens of a prompt.
-        response: Tokens of a response.
+        response: Tokens of a response; of "sample" on average.
         sequences: Responses to each prompt; of a step: two for pairs, one for demonstrations.
         rows: Examples of a step, sequences, or answers.
         lora: Adapters, if only these train.
+        most: Tokens of the longest response; "sample" alone: a batch goes on until its last response ends.
     """
 
     kind: str
@@ -67,6 +69,7 @@ class Piece:
     sequences: int
     rows: int
     lora: LoraConfig | None = None
+    most: int = 0
 
     def key(self, hardware: HardwareConfig) -> str:
         """What its time on a machine is kept under."""
@@ -348,11 +351,28 @@ def _forward(piece: Piece, hardware: HardwareConfig) -> float:
     return _timed(run, piece, hardware)
 
 
+def _end_at(policy: Any, mean: float, most: int) -> None:
+    """Let token 0 end responses by chance, which are cut at `most` tokens and have `mean` on average."""
+    import torch
+
+    chance = 1 / mean
+    for _ in range(100):  # a response cut at `most` has (1 - (1 - chance) ** most) / chance tokens on average
+        chance = (1 - (1 - chance) ** most) / mean
+    head = policy.lm_head  # its own weights, all zero: every other token is as likely as the next
+    head.weight = torch.nn.Parameter(torch.zeros_like(head.weight))
+    head.bias = torch.nn.Parameter(torch.zeros_like(head.weight[:, 0]))
+    with torch.no_grad():
+        odds = max(chance, 1e-9) / max(1 - chance, 1e-9)
+        head.bias[0] = math.log((len(head.bias) - 1) * odds)
+
+
 def _sample(piece: Piece, hardware: HardwareConfig) -> float:
     from alignbench.engine.generate import Request, generate
     from alignbench.engine.runtime import device_of
 
+    most = max(piece.most, piece.response)
     policy = _model(piece, hardware)
+    _end_at(policy, piece.response, most)
     groups = _rows(piece, -(-piece.rows // piece.sequences))
     requests = [
         Request(str(i), tuple(group[0].ids[: piece.prompt]), k)
@@ -364,8 +384,8 @@ def _sample(piece: Piece, hardware: HardwareConfig) -> float:
         return generate(
             policy,
             requests,
-            sampling=SamplingConfig(piece.response),
-            eos_id=-1,
+            sampling=SamplingConfig(most),
+            eos_id=0,
             pad_id=0,
             seed=0,
             batch=len(requests),

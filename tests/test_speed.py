@@ -6,11 +6,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 
 from alignbench import speed
-from alignbench.config import ArchitectureConfig
+from alignbench.config import ArchitectureConfig, SamplingConfig
+from alignbench.engine.generate import Request, generate
 from alignbench.errors import ConfigError
 from alignbench.plan import UNTIMED_RATE, seconds_of
 from alignbench.speed import Piece, Speed
@@ -103,3 +105,22 @@ def test_a_stage_is_its_pieces_and_what_they_are_not(cache: Path) -> None:
     unknown = Estimate(flops=UNTIMED_RATE, overhead_seconds=1.0)
     assert seconds_of(unknown, HARDWARE, speed=here) == 2.0
     assert piece_of("step", Facts(parameters=1e6), prompt=4, response=4, sequences=1, rows=4) is None
+
+
+@pytest.mark.parametrize(("mean", "most"), [(8, 24), (20, 24), (1, 24)])
+def test_a_sampled_piece_s_responses_end_by_chance_at_their_mean(mean: int, most: int) -> None:
+    piece = Piece("sample", tiny.SHAPE, 6, mean, 64, 64, most=most)
+    policy = speed._model(piece, HARDWARE)
+    speed._end_at(policy, mean, most)
+    requests = [Request(str(i), (1, 2, 3), i) for i in range(600)]
+    found = generate(
+        policy, requests, sampling=SamplingConfig(most), eos_id=0, pad_id=0, seed=0, batch=600, device=tiny.CPU
+    )
+    lengths = np.array([len(response) for response in found])
+    assert lengths.max() <= most
+    assert abs(lengths.mean() - mean) <= 4 * lengths.std() / 600**0.5
+
+
+def test_a_longer_limit_is_another_piece() -> None:
+    short = PIECES[4]
+    assert replace(short, most=32).key(HARDWARE) != short.key(HARDWARE)

@@ -1,5 +1,9 @@
 """torch.compile for a policy's blocks: the same numbers up to rounding, after a compilation that must pay for itself.
 
+By request only (`hardware.compile`). On a CPU, beside other work, compiling took 75 s for a Llama of 1M weights, whose
+training passes then took half as long again; log-probs without gradients gained a third, which would have paid after
+1,500 passes (tests/benchmarks/results/compile.json). On a GPU neither the gain nor that it computes the same is known.
+
 Every block of the model is compiled in place, so names of modules and parameters stay what they are (DeepSpeed,
 adapters and checkpoints see no difference). Blocks are alike: one compilation serves them all, for every number of
 tokens. Attention over packed rows is left out: what it does is another list of calls in every pass, and each would be
@@ -13,18 +17,7 @@ from typing import Any
 
 import torch
 
-from alignbench.config import HardwareConfig
-
 log = logging.getLogger(__name__)
-
-
-def pays(hardware: HardwareConfig) -> bool:
-    """Whether training is to be compiled: only by request.
-
-    `auto` never compiles. On a CPU tests/benchmarks/results/compile.json has what it takes and gains; on a GPU neither
-    its gain nor that it computes the same has been measured.
-    """
-    return hardware.compile == "on"
 
 
 def compile_blocks(policy: Any, backend: str = "inductor") -> int:

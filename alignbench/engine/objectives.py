@@ -57,7 +57,7 @@ class Objective(ABC):
         return StepContext()
 
     def reference_value(self, indices: np.ndarray) -> np.ndarray | None:
-        """Each example's loss if the policy is the reference; None where there is no reference."""
+        """Each example's loss where training starts: at policy = reference, or a zero score head; None if unknown."""
         return None
 
 

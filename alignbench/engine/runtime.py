@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import torch
 
+from alignbench import memory
 from alignbench.config import HardwareConfig, TrainConfig
 from alignbench.engine import group
 from alignbench.errors import ConfigError
@@ -74,15 +75,23 @@ def import_deepspeed() -> Any:
     return deepspeed
 
 
-def deepspeed_config(hardware: HardwareConfig, *, clip: float) -> dict[str, Any]:
-    """DeepSpeed's configuration for one training stage.
+def deepspeed_config(hardware: HardwareConfig, *, clip: float = 0.0, trained: int = 0) -> dict[str, Any]:
+    """DeepSpeed's configuration for one training stage, or for a model that nobody trains.
 
     How many micro-batches a step has, and how the loss is scaled, is the training loop's own affair.
+
+    Args:
+        hardware: dtype, ZeRO stage, offload, size of a pass.
+        clip: Largest norm of a step's gradient; 0: any.
+        trained: Weights that get gradients.
     """
     # DeepSpeed 0.19 refuses bf16 with fp32 accumulation and no ZeRO ("unsupported mix"). In a world of one stage 2
     # splits nothing; stage 1 takes another path (BF16_Optimizer), which is slow to set up and prints memory tables
     stage = 2 if hardware.dtype == "bf16" and hardware.zero_stage == 0 else hardware.zero_stage
     zero: dict[str, Any] = {"stage": stage}
+    if trained and stage:
+        # its own number takes 2 GiB of a GPU for any model; the gradients pass in one bucket either way
+        zero["reduce_bucket_size"] = memory.reduce_bucket(trained)
     if hardware.offload != "none":
         place: dict[str, Any] = {"device": hardware.offload, "pin_memory": hardware.device == "cuda"}
         if hardware.offload == "nvme":
@@ -147,7 +156,7 @@ def frozen_engine(model: Any, hardware: HardwareConfig) -> Any:
     """
     if not shards(hardware):
         return model
-    engine, *_ = import_deepspeed().initialize(model=model, config=deepspeed_config(hardware, clip=0.0))
+    engine, *_ = import_deepspeed().initialize(model=model, config=deepspeed_config(hardware))
     engine.eval()
     return engine
 

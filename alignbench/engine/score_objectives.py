@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +13,7 @@ from alignbench import losses
 from alignbench.engine.batching import Row
 from alignbench.engine.objectives import Objective, StepContext
 from alignbench.errors import ConfigError
+from alignbench.problem import utility_from_cost
 
 
 @dataclass
@@ -56,12 +58,18 @@ class ScoreObjective(Objective):
         return self.preferred[index], self.other[index]
 
     @override
+    def reference_value(self, indices: np.ndarray) -> np.ndarray:
+        """Each pair's loss under a fresh head, whose scores are all 0: ln 2 per preference and per sign."""
+        coins = 1 if self.unsafe is None else 3
+        return np.full(len(indices), coins * math.log(2))
+
+    @override
     def loss(
         self, logprobs: torch.Tensor, indices: np.ndarray, context: StepContext
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The pairs' losses; `logprobs` are scores here, (examples, 2), the preferred response's first."""
         preferred, other = logprobs[:, 0].float(), logprobs[:, 1].float()
-        margin = preferred - other if self.unsafe is None else other - preferred
+        margin = preferred - other if self.unsafe is None else utility_from_cost(preferred) - utility_from_cost(other)
         value = losses.bradley_terry(margin)
         metrics = {
             "margin": margin.detach(),

@@ -18,7 +18,7 @@ from alignbench.engine import batching, group
 from alignbench.engine.attention import PADDED, attention_of
 from alignbench.engine.batching import Row
 from alignbench.engine.checkpoint import Checkpoints, Layout
-from alignbench.engine.compiled import compile_blocks, pays
+from alignbench.engine.compiled import compile_blocks
 from alignbench.engine.logprobs import LogProbPolicy, frozen_logprobs, progress
 from alignbench.engine.objectives import Objective
 from alignbench.engine.packing import prepare, shared_tokens
@@ -64,7 +64,8 @@ class TrainJob:
         pad_id: Any valid token id.
         work: Folder for checkpoints; it survives a kill.
         lora: Whether only adapters train.
-        starts_at_reference: Whether the loss at step 0 must be its value at policy = reference.
+        starts_at_reference: Whether the loss at step 0 must be the objective's `reference_value`: the policy is its
+            reference, or the score head is fresh.
         validation: Objective on held-out examples, or None.
         evaluate_every: Optimiser steps between validations; 0 validates at the end only.
         round: Which of several trainings on these examples this is: the order goes on where the round before
@@ -101,8 +102,8 @@ def train(job: TrainJob, cost: dict[str, float], on_metrics: OnMetrics) -> Train
         The log of every step and of every validation. The trained weights are in `job.policy`.
 
     Raises:
-        InvariantError: the policy starts at its reference but its loss does not; or a loss, a gradient or a weight is
-            not finite. No checkpoint is made of such weights, and all ranks raise the same error.
+        InvariantError: the loss at the start is not what theory says; or a loss, a gradient or a weight is not
+            finite. No checkpoint is made of such weights, and all ranks raise the same error.
     """
     device = device_of(job.hardware)
     join_process_group(job.hardware)
@@ -147,13 +148,13 @@ class _Loop:
             if job.lora:
                 job.policy.enable_input_require_grads()
         job.policy.train()
-        if pays(job.hardware):
+        if job.hardware.compile:
             compile_blocks(job.policy)
         self.trainable = trainable = [p for p in job.policy.parameters() if p.requires_grad]
         # decay belongs to matrices; norms and biases would only be pulled off scale
         groups = [
-            {"params": [p for p in trainable if _dimensions(p) >= 2], "weight_decay": settings.weight_decay},
-            {"params": [p for p in trainable if _dimensions(p) < 2], "weight_decay": 0.0},
+            {"params": [p for p in trainable if len(_shape(p)) >= 2], "weight_decay": settings.weight_decay},
+            {"params": [p for p in trainable if len(_shape(p)) < 2], "weight_decay": 0.0},
         ]
         optimizer = adamw([group for group in groups if group["params"]], settings, job.hardware.optimizer)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self._schedule)
@@ -161,7 +162,9 @@ class _Loop:
             model=job.reads(job.policy, job.hardware),
             optimizer=optimizer,
             lr_scheduler=scheduler,
-            config=deepspeed_config(job.hardware, clip=settings.max_grad_norm),
+            config=deepspeed_config(
+                job.hardware, clip=settings.max_grad_norm, trained=sum(_shape(p).numel() for p in trainable)
+            ),
         )
         return engine
 
@@ -337,10 +340,10 @@ class _Loop:
         return {f"validation_{name}": value for name, value in metrics.items()}
 
     def _check_step0(self) -> None:
-        """Refuse a policy whose loss at its own reference is not what theory says (DPO: ln 2).
+        """Refuse a start whose loss is not what theory says (DPO at its own reference, a fresh reward model: ln 2).
 
-        A wrong reference, a stale cache, another template or a wrong mask all show here, before any money is
-        spent.
+        A wrong reference, a stale cache, another template, a wrong mask or a head that is not zero all show here,
+        before any money is spent.
         """
         objective = self.job.objective
         indices = self.order[0]
@@ -354,17 +357,17 @@ class _Loop:
         if not all(error <= limit for error, limit in zip(errors, limits, strict=True)):
             worst = int(indices[np.argmax(np.abs(found - expected))])
             raise InvariantError(
-                f"step-0 loss is {found.mean():.8f}, but policy = reference demands {expected.mean():.8f}",
+                f"step-0 loss is {found.mean():.8f}, but theory demands {expected.mean():.8f}",
                 where=f"{objective.name}, worst example {worst}",
-                mend="the cached reference log-probs do not belong to this policy: check reference, template, "
-                "dtype and LoRA base",
+                mend="the cached reference log-probs do not belong to this policy: check reference, template, dtype "
+                "and LoRA base (a score model has no reference: its new head is not zero)",
             )
         log.info("%s: step-0 loss %.8f (expected %.8f)", objective.name, found.mean(), expected.mean())
 
 
-def _dimensions(parameter: torch.nn.Parameter) -> int:
+def _shape(parameter: torch.nn.Parameter) -> torch.Size:
     """Of the whole parameter, also where ZeRO-3 has left an empty one in its place."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def _add(sums: dict[str, float], values: Mapping[str, torch.Tensor], scale: float) -> None:

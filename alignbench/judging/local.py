@@ -22,7 +22,6 @@ from alignbench.judging.asking import Answer, AnswerCache, Question
 from alignbench.judging.protocols import LABELS
 from alignbench.models import policy as policies
 
-READS = ("text", "probability")
 #: As temperature goes to 0 the likeliest token is drawn.
 _COLDEST = 1e-6
 TOO_LONG = "too long"

@@ -16,6 +16,7 @@ from alignbench.engine.logprobs import progress
 from alignbench.errors import JudgeError
 from alignbench.jsonio import plain
 from alignbench.judging.asking import Answer, AnswerCache, Question
+from alignbench.judging.settings import ServerJudgeConfig
 
 #: Answers of a server that may be different a little later.
 _PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -39,33 +40,6 @@ class ServerJudge:
     model: str
     extra: str = "{}"
     kind: str = "server"
-
-
-@dataclass(frozen=True)
-class ServerManners:
-    """How a server is asked; nothing here changes an answer.
-
-    Attributes:
-        key_env: Environment variable that holds the key; None sends none.
-        timeout_s: Longest wait for one answer.
-        retries: Further tries after a passing fault.
-        pause_s: Pause before the first of them; it doubles each time, with jitter, up to a minute.
-        concurrency: Requests under way at a time.
-        requests_per_minute: 0 for no limit.
-        input_price: Per million tokens read.
-        output_price: Per million tokens written.
-        most_cost: Most that one pair of policies may cost, earlier attempts included; None: no cap.
-    """
-
-    key_env: str | None = None
-    timeout_s: float = 120.0
-    retries: int = 6
-    pause_s: float = 1.0
-    concurrency: int = 8
-    requests_per_minute: float = 0.0
-    input_price: float = 0.0
-    output_price: float = 0.0
-    most_cost: float | None = None
 
 
 class _FaultError(Exception):
@@ -129,10 +103,10 @@ class ServerClient:
 
     Args:
         judge: Which judge.
-        manners: How it is asked.
+        manners: How it is asked; of who it is, `judge` alone decides.
     """
 
-    def __init__(self, judge: ServerJudge, manners: ServerManners) -> None:
+    def __init__(self, judge: ServerJudge, manners: ServerJudgeConfig) -> None:
         self._judge, self._manners = judge, manners
         self._extra: Mapping[str, Any] = json.loads(judge.extra)
         self._local = threading.local()

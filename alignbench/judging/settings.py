@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -34,7 +34,22 @@ class LocalJudgeConfig:
 
 @dataclass
 class ServerJudgeConfig:
-    """A model behind an OpenAI-compatible server."""
+    """A model behind an OpenAI-compatible server. All but `url`, `model` and `extra` changes no answer.
+
+    Attributes:
+        url: Base address; `/chat/completions` is added.
+        model: The server's name of the model.
+        extra: Further fields of every request; null takes a field out.
+        key_env: Environment variable that holds the key; None sends none.
+        timeout_s: Longest wait for one answer.
+        retries: Further tries after a passing fault.
+        pause_s: Pause before the first of them; it doubles each time, with jitter, up to a minute.
+        concurrency: Requests under way at a time.
+        requests_per_minute: 0 for no limit.
+        input_price: Per million tokens read.
+        output_price: Per million tokens written.
+        most_cost: Most that one pair of policies may cost, earlier attempts included; None: no cap.
+    """
 
     url: str = MISSING
     model: str = MISSING
@@ -88,8 +103,7 @@ def protocol_of(judge: JudgeConfig) -> Protocol:
     given = {name: getattr(judge, name) for name in ("repeats", "temperature", "max_tokens")}
     if judge.local is not None and judge.local.read == "probability":
         given["repeats"] = 1  # they would be the same
-    values = {f.name: getattr(protocol, f.name) for f in fields(protocol)}
-    return Protocol(**(values | {name: value for name, value in given.items() if value is not None}))
+    return replace(protocol, **{name: value for name, value in given.items() if value is not None})
 
 
 def check_judge(judge: JudgeConfig, *, samples: int, embedded: bool) -> None:

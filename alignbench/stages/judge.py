@@ -7,7 +7,7 @@ import math
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from alignbench.judging import verdicts
 from alignbench.judging.asking import Answer, AnswerCache, Comparison, Question, questions
 from alignbench.judging.local import LocalClient, LocalJudge
 from alignbench.judging.protocols import POLICY_FIRST, Protocol, Reading, compared, find_protocol, read_probabilities
-from alignbench.judging.server import ServerClient, ServerJudge, ServerManners
+from alignbench.judging.server import ServerClient, ServerJudge
 from alignbench.judging.settings import JudgeConfig
 from alignbench.models import policy as policies
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register, scoring_estimate
@@ -88,33 +88,6 @@ class JudgeSpec:
             protocol.temperature,
             protocol.max_tokens,
         )
-
-
-@dataclass(frozen=True)
-class JudgeAccess:
-    """How a judge is reached from this machine; belongs to no key.
-
-    Attributes:
-        cache: Folder of answers; None: kept until the artifact is whole.
-        path: Folder or hub id of a local judge.
-        revision: Of a hub id.
-        manners: How a server is asked.
-    """
-
-    cache: str | None = None
-    path: str | None = None
-    revision: str | None = None
-    manners: ServerManners | None = None
-
-    @classmethod
-    def of(cls, judge: JudgeConfig) -> JudgeAccess:
-        """From the configuration."""
-        local, server = judge.local, judge.server
-        manners = None
-        if server is not None:
-            manners = ServerManners(**{f.name: getattr(server, f.name) for f in fields(ServerManners)})
-        path, revision = (None, None) if local is None else (local.path, local.revision)
-        return cls(judge.cache, path, revision, manners)
 
 
 def _judge(ctx: Context) -> None:
@@ -191,18 +164,19 @@ def _asked(ctx: Context, judge: LocalJudge | ServerJudge, pairs: Sequence[Compar
     protocol = replace(
         find_protocol(spec.protocol), repeats=spec.repeats, temperature=spec.temperature, max_tokens=spec.max_tokens
     )
-    access: JudgeAccess = ctx.runtime.locations["judge"]
+    access: JudgeConfig = ctx.runtime.locations["judge"]  # how it is reached from here; who it is, the spec says
     cache = AnswerCache(ctx.work / "answers" if access.cache is None else Path(access.cache))
     asked = questions(protocol, spec.criteria, pairs)
     client: LocalClient | ServerClient
     if isinstance(judge, LocalJudge):
         folder = ctx.work / "judge"
         shutil.rmtree(folder, ignore_errors=True)  # a killed attempt may have left half of it
-        assert access.path is not None  # of a local judge
-        policies.bring_in(access.path, access.revision, folder)
+        assert access.local is not None  # by validation
+        policies.bring_in(access.local.path, access.local.revision, folder)
         client = LocalClient(judge, folder, ctx.runtime.hardware)
     else:
-        client = ServerClient(judge, access.manners or ServerManners())
+        assert access.server is not None  # by validation
+        client = ServerClient(judge, access.server)
     answers = client.ask(asked, cache, "judge")
     rows = [
         _row(question, answer, _read(judge, protocol, question, answer))

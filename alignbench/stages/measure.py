@@ -24,13 +24,13 @@ from alignbench.models import policy as policies
 from alignbench.models.scorers import find_scorer, is_shared
 from alignbench.stages.data import WORLD_RESPONSE_TOKENS
 from alignbench.stages.stage import (
-    LOAD_SECONDS,
     ROW_SECONDS,
     Context,
     Estimate,
     Facts,
     Runtime,
     Stage,
+    load_seconds,
     piece_of,
     register,
     scoring_estimate,
@@ -132,7 +132,15 @@ def _sample_estimate(
     tokens, policy, hardware = rows * length, inputs["policy"], runtime.hardware
     prompt = inputs["data"].prompt or spec.tokens.max_prompt_length / 2
     at_once = min(hardware.generation_batch, rows)
-    piece = piece_of("sample", policy, prompt=prompt, response=length, sequences=spec.samples, rows=at_once)
+    piece = piece_of(
+        "sample",
+        policy,
+        prompt=prompt,
+        response=length,
+        sequences=spec.samples,
+        rows=at_once,
+        most=spec.sampling.max_new_tokens,
+    )
     peak = memory.sampling_peak(
         policy.shape,
         policy.parameters,
@@ -153,7 +161,7 @@ def _sample_estimate(
         generated_tokens=tokens,
         flops=2 * policy.parameters * (tokens + hints["prompts"] * prompt),
         memory_bytes=memory.OVERHEAD[hardware.device] + peak,
-        overhead_seconds=LOAD_SECONDS + ROW_SECONDS * rows,
+        overhead_seconds=load_seconds(policy, hardware) + ROW_SECONDS * rows,
         pieces=() if piece is None else ((piece, rows / piece.rows),),
     )
 

@@ -186,7 +186,7 @@ def training_cost(
     peak = memory.training_peak(start.shape, parameters, work, hardware, trainable=trainable, lora=lora)
     if evaluates:
         frozen = _forward_work(row_tokens / 2, longest / 2, runtime, most=2 * batch)
-        beside = memory.state_bytes(parameters, trainable, hardware)
+        beside = memory.resting_bytes(parameters, trainable, hardware)
         peak = max(peak, beside + memory.forward_bytes(start.shape, parameters, frozen, hardware))
     return flops, peak + memory.OVERHEAD[hardware.device]
 
@@ -198,8 +198,15 @@ def _forward_work(per_row: float, longest: float, runtime: Runtime, most: float 
     return memory.Work(positions, positions)
 
 
-#: Loading a policy, and tokenising or writing a sequence, on a core; measured by bench_time.py.
-LOAD_SECONDS, ROW_SECONDS = 0.15, 1e-4
+#: Tokenising or writing a sequence, on a core.
+ROW_SECONDS = 3e-5
+#: Loading a small policy, and bytes of a large one that a disk gives in a second, about.
+_LOAD_SECONDS, _DISK = 0.02, 1e9
+
+
+def load_seconds(policy: Facts, hardware: HardwareConfig) -> float:
+    """Of a policy, from its folder."""
+    return _LOAD_SECONDS + policy.parameters * memory.bytes_of(hardware) / _DISK
 
 
 def piece_of(
@@ -211,12 +218,13 @@ def piece_of(
     sequences: float,
     rows: float,
     lora: LoraConfig | None = None,
+    most: int = 0,
 ) -> Piece | None:
     """The piece that is timed for a stage; None of a model whose shape is not known. See `alignbench.speed.Piece`."""
     if policy.shape is None or rows < 1:
         return None
     lengths = max(1, round(prompt)), max(1, round(response))
-    return Piece(kind, policy.shape, *lengths, max(1, round(sequences)), max(1, round(rows)), lora)
+    return Piece(kind, policy.shape, *lengths, max(1, round(sequences)), max(1, round(rows)), lora, most)
 
 
 def scoring_estimate(
@@ -261,6 +269,6 @@ def scoring_estimate(
         scored_tokens=tokens,
         flops=2 * policy.parameters * positions,
         memory_bytes=memory.OVERHEAD[hardware.device] + peak,
-        overhead_seconds=LOAD_SECONDS + ROW_SECONDS * count,
+        overhead_seconds=load_seconds(policy, hardware) + ROW_SECONDS * count,
         pieces=() if piece is None else ((piece, count / piece.rows),),
     )

@@ -24,12 +24,12 @@ from alignbench.engine.train import TrainJob, train, trained_state
 from alignbench.jsonio import write_jsonl
 from alignbench.models import policy as policies
 from alignbench.stages.stage import (
-    LOAD_SECONDS,
     ROW_SECONDS,
     Context,
     Estimate,
     Facts,
     Runtime,
+    load_seconds,
     piece_of,
     scoring_estimate,
     training_cost,
@@ -64,7 +64,7 @@ def train_and_save(
         name: Folder of the result.
 
     Raises:
-        InvariantError: the loss at step 0 is not its value at policy = reference, or a loss is not finite.
+        InvariantError: the loss at step 0 is not the objective's `reference_value`, or a loss is not finite.
     """
     spec = ctx.spec
     lora = spec.lora if spec.lora.rank > 0 else None
@@ -110,7 +110,7 @@ def on_device(folder: Path, hardware: HardwareConfig, load: Callable[..., Any] =
     if load is not policies.load_policy or not shards(hardware):
         return load(folder, *place)
     join_process_group(hardware)
-    return policies.load_policy(folder, *place, deepspeed_config(hardware, clip=0.0))
+    return policies.load_policy(folder, *place, deepspeed_config(hardware))
 
 
 def training_estimate(
@@ -160,6 +160,6 @@ def training_estimate(
         flops=flops + aside.flops,
         memory_bytes=memory,
         # the policy is loaded, made again at the end, and saved
-        overhead_seconds=3 * LOAD_SECONDS + ROW_SECONDS * sequences * data.rows,
+        overhead_seconds=3 * load_seconds(start, runtime.hardware) + ROW_SECONDS * sequences * data.rows,
         pieces=() if step is None else ((step, float(steps) * runtime.hardware.processes), *aside.pieces),
     )

@@ -24,7 +24,6 @@ from alignbench.report.stats import cluster_bootstrap
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register, scoring_estimate
 from alignbench.stages.tokens import TokenSpec
 
-FORMS = ("qa", "policy")
 #: Answers to one question of TruthfulQA, both tasks together: 7,300 correct and incorrect ones to 817 questions.
 _ANSWERS = 9.0
 

@@ -3,8 +3,8 @@
     python tests/benchmarks/bench_compile.py [--only NAME]
 
 writes tests/benchmarks/results/compile.json. Every run is a process of its own on one thread: twelve passes of random
-packed pairs (about 1,000 tokens, no two lengths alike) with gradients, without, and steps of sampling 128 answers,
-eager and compiled. Not collected by pytest; tests/engine/test_compiled.py has that both compute the same.
+packed pairs (about 1,000 tokens, no two lengths alike) with gradients and without, eager and compiled. Not collected by
+pytest; tests/engine/test_compiled.py has that both compute the same.
 """
 
 import argparse
@@ -35,10 +35,9 @@ def child(spec):
     import numpy as np
     import torch
 
-    from alignbench.config import HardwareConfig, SamplingConfig
+    from alignbench.config import HardwareConfig
     from alignbench.engine.batching import Row
     from alignbench.engine.compiled import compile_blocks
-    from alignbench.engine.generate import Request, generate
     from alignbench.engine.logprobs import LogProbPolicy
     from alignbench.engine.packing import prepare
 
@@ -57,22 +56,16 @@ def child(spec):
         return rng.integers(2, vocabulary, count).tolist()
 
     scorer, times = LogProbPolicy(policy, hardware), []
-    for number in range(PASSES):
+    for _ in range(PASSES):
         prompts = [ids(int(rng.integers(8, 40))) for _ in range(6)]
         rows = [Row(p + ids(int(rng.integers(20, 110))), len(p)) for p in prompts for _ in range(2)]
         work = prepare(rows, 1, "packed_sdpa")
-        requests = [Request(f"{number}-{i}", tuple(prompts[i % 6]), i) for i in range(128)]
         started = time.perf_counter()
         if spec["kind"] == "train":
             scorer(work).sum().backward()
-        elif spec["kind"] == "forward":
+        else:
             with torch.no_grad():
                 scorer(work)
-        else:
-            generate(
-                policy, requests, sampling=SamplingConfig(16), eos_id=-1, pad_id=1, seed=0, batch=128,
-                device=torch.device("cpu"),
-            )  # fmt: skip
         times.append(time.perf_counter() - started)
     return times
 
@@ -89,7 +82,7 @@ def main():
         return
     found = json.loads(options.out.read_text())["pieces"] if options.out.exists() else {}
     for model in SHAPES:
-        for kind in ("train", "forward", "sample"):
+        for kind in ("train", "forward"):
             runs = []
             if options.only not in f"{kind} {model}":
                 continue

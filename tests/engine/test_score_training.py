@@ -18,7 +18,7 @@ from alignbench.engine.batching import Row
 from alignbench.engine.objectives import StepContext
 from alignbench.engine.score_objectives import ScoreObjective
 from alignbench.engine.scores import EndScores, sequence_scores
-from alignbench.errors import ConfigError
+from alignbench.errors import ConfigError, InvariantError
 from alignbench.models import policy as policies
 from alignbench.models import score_models as models
 
@@ -44,8 +44,8 @@ def fresh(folder, kind="cost", scale=0.3):
     return model
 
 
-def job(model, goal, work, **changes):
-    return tiny.job(model, goal, work, reads=EndScores, starts_at_reference=False, **changes)
+def job(model, goal, work, *, starts_at_reference=False, **changes):
+    return tiny.job(model, goal, work, reads=EndScores, starts_at_reference=starts_at_reference, **changes)
 
 
 # ---------------------------------------------------------------- the losses
@@ -106,6 +106,29 @@ def test_without_an_opinion_the_loss_is_that_of_a_coin(policy_folder, kind, valu
     scores = EndScores(model, tiny.hardware())(work).view(16, 2)
     found, _ = goal.loss(scores, np.arange(16), StepContext())
     np.testing.assert_allclose(found.detach(), value, rtol=1e-6)
+
+
+@pytest.mark.parametrize("lora", [None, tiny.LORA], ids=["full", "lora"])
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize(("kind", "value"), [("reward", math.log(2)), ("cost", 3 * math.log(2))])
+@pytest.mark.usefixtures("split_parameters")
+def test_training_starts_from_no_opinion_or_not_at_all(policy_folder, tmp_path, kind, value, stage, lora):
+    def start(bias, weight=0.0):
+        model = models.fresh_score_model(policy_folder, torch.float32, tiny.CPU, kind)
+        torch.nn.init.constant_(model.score_head.weight, weight)
+        torch.nn.init.constant_(model.score_head.bias, bias)
+        model = model if lora is None else policies.add_lora(model, lora, seed=5)
+        machine = {"zero_stage": stage}
+        work = tmp_path / f"{bias}-{weight}"
+        return job(model, objective(kind), work, starts_at_reference=True, steps=1, lora=lora, machine=machine)
+
+    result, _ = tiny.run(start(0.0))
+    assert result.log[0]["loss"] == pytest.approx(value, abs=1e-6)
+    with pytest.raises(InvariantError, match=rf"theory demands {value:.8f}"):
+        tiny.run(start(0.0, weight=0.01))
+    if kind == "cost":  # a reward's loss knows no level
+        with pytest.raises(InvariantError, match="step-0 loss"):
+            tiny.run(start(0.05))
 
 
 # ---------------------------------------------------------------- packed, padded, shared, separate
@@ -246,7 +269,7 @@ def test_a_cost_model_learns_what_is_unsafe(policy_folder, tmp_path):
         name="cost",
     )
     model = models.fresh_score_model(policy_folder, torch.float32, tiny.CPU, "cost")
-    result, _ = tiny.run(job(model, goal, tmp_path, steps=60, validation=goal, batch_size=16))
+    result, _ = tiny.run(job(model, goal, tmp_path, starts_at_reference=True, steps=60, validation=goal, batch_size=16))
     last = result.log[-1]
     assert result.log[0]["loss"] == pytest.approx(3 * math.log(2), abs=1e-6)
     assert last["validation_sign_accuracy"] > 0.97

@@ -11,9 +11,10 @@ from judge_server import CUT, completion, scores, serving
 from alignbench.errors import JudgeError
 from alignbench.judging.asking import AnswerCache, Comparison, questions
 from alignbench.judging.protocols import find_protocol
-from alignbench.judging.server import ServerClient, ServerJudge, ServerManners, upper_tokens
+from alignbench.judging.server import ServerClient, ServerJudge, upper_tokens
+from alignbench.judging.settings import ServerJudgeConfig
 
-MANNERS = ServerManners(timeout_s=20.0, retries=2, pause_s=0.0, concurrency=3)
+MANNERS = ServerJudgeConfig(timeout_s=20.0, retries=2, pause_s=0.0, concurrency=3)
 
 
 def asked(count=4, protocol="sacpo"):
