@@ -76,7 +76,7 @@ def test_filters_choose_what_is_shown(browser: Any, sweep: Path) -> None:
         assert page.locator("#best .card").count() == 1
         page.get_by_label("Seed", exact=True).select_option("seed 1 alone")
         settled(page, "front", 3)
-        assert page.locator("#shown").inner_text() == "3 of 4 methods, 3 of 8 runs"
+        assert page.locator("#shown").inner_text() == "3 of 4 methods, 3 of 7 runs"
         assert len(rows(page, "g0-runs")) == 2
         assert "seed 0" not in page.locator("#responses").inner_text()
         page.get_by_label("Threshold", exact=True).select_option("all")
@@ -193,6 +193,8 @@ def test_responses_are_hidden_until_asked_for(browser: Any, sweep: Path) -> None
         page.get_by_label("Show every response").check()
         assert body.inner_text().count(HIDDEN) > 5
         assert page.get_by_role("button", name=SHOW).count() == 0
+        page.get_by_label("Search prompts and responses").fill("SACPO at 0.1")
+        assert set(page.locator("#responses mark").all_inner_texts()) == {"sacpo at 0.1"}
         page.get_by_label("Search prompts and responses").fill("no such words")
         assert "0 of 3 prompts" in page.locator("#matches").inner_text()
 
