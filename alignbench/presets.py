@@ -37,21 +37,41 @@ def preset_names() -> list[str]:
 
 def composed(preset: str, *overrides: str) -> tuple[DictConfig, dict[str, list[Any]]]:
     """A preset's configuration, and its grid: the values of each swept key, the single run's first."""
+    whole = _whole(preset, *overrides)
+    return _without_hydra(whole), _grid(whole)
+
+
+def at_scale(preset: str, scale: str) -> tuple[DictConfig, dict[str, list[Any]], dict[str, list[Any]]]:
+    """A preset's configuration at a scale, its grid there, and the paper's: the k-th values belong together."""
+    whole = _whole(preset, f"scale={scale}")
+    config, grid = _without_hydra(whole), _grid(whole)
+    OmegaConf.update(whole, "scale", "paper")  # what `by_scale` looks at
+    return config, grid, _grid(whole)
+
+
+def _whole(preset: str, *overrides: str) -> DictConfig:
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        whole = hydra.compose(
+        return hydra.compose(
             "config",
             overrides=[f"experiment={preset}", "plan=true", "tracking=disabled", *overrides],
             return_hydra_config=True,
         )
+
+
+def _grid(whole: DictConfig) -> dict[str, list[Any]]:
     swept = [f"{key}={values}" for key, values in (whole.hydra.sweeper.params or {}).items()]
     grid = {}
     for override in OverridesParser.create().parse_overrides(swept):
         texts = override.sweep_string_iterator() if override.is_sweep_override() else [override.get_value_string()]
         grid[override.key_or_group] = [OmegaConf.create(f"value: {text}").value for text in texts]
+    return grid
+
+
+def _without_hydra(whole: DictConfig) -> DictConfig:
     config = OmegaConf.masked_copy(whole, [str(key) for key in whole if key != "hydra"])
     assert isinstance(config, DictConfig)
-    return config, grid
+    return config
 
 
 def points(config: DictConfig, grid: dict[str, list[Any]]) -> Iterator[DictConfig]:

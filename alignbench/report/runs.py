@@ -120,6 +120,9 @@ def _read(path: Path) -> tuple[Record | None, str]:
 def _duplicate(found: dict[str, tuple[Path, Record]], record: Record, path: Path, name: str) -> str:
     """Keep one of two records of one run: the newer, where their numbers differ."""
     kept_path, kept = found[record["run_id"]]
+    # one run, whichever presets asked for it
+    asked = {*(kept.get("experiments") or ()), *(record.get("experiments") or ())}
+    kept["experiments"] = record["experiments"] = sorted(asked)
     if record["rows"] == kept["rows"]:
         return f"counted once: {name} is a copy of {kept_path.parent.name}"
     newer = str(record.get("created", "")) > str(kept.get("created", ""))
@@ -156,12 +159,9 @@ def per_prompt(record: Record, folder: Path) -> tuple[Table | None, str]:
     if not isinstance(stated, Mapping):
         return None, "no values per prompt (evaluated by an earlier version); the same command evaluates it again"
     path = folder / str(stated["file"])
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None, f"{path.name} is missing; the same command writes it again"
-    if hashlib.sha256(content).hexdigest() != stated["sha256"]:
-        return None, f"{path.name} is damaged or of another run; the same command writes it again"
+    fault = _not_of_this_run(path, stated)
+    if fault:
+        return None, fault
     tables: dict[str, list[dict[str, Any]]] = {}
     for row in read_jsonl(path):
         tables.setdefault(row["row"], []).append(row)
@@ -171,6 +171,48 @@ def per_prompt(record: Record, folder: Path) -> tuple[Table | None, str]:
         columns = {key: np.array([row[key] for row in rows]) for key in rows[0] if key != "row"}
         found[name] = columns
     return found, ""
+
+
+def training_curves(record: Record, folder: Path) -> tuple[dict[str, list[dict[str, float]]] | None, str]:
+    """Training curves of a run by stage, in the order in which they were trained.
+
+    Returns:
+        The curves and "", or None and why there are none.
+    """
+    stated = record.get("training")
+    if not isinstance(stated, Mapping):
+        return None, "no training curves (run by an earlier version); the same command writes them"
+    path = folder / str(stated["file"])
+    fault = _not_of_this_run(path, stated)
+    if fault:
+        return None, fault
+    curves: dict[str, list[dict[str, float]]] = {}
+    for row in read_jsonl(path):
+        curves.setdefault(row.pop("stage"), []).append(row)
+    return curves, ""
+
+
+def _not_of_this_run(path: Path, stated: Mapping[str, Any]) -> str:
+    """What is wrong with a file that lies beside a record; empty if nothing."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return f"{path.name} is missing; the same command writes it again"
+    if hashlib.sha256(content).hexdigest() != stated["sha256"]:
+        return f"{path.name} is damaged or of another run; the same command writes it again"
+    return ""
+
+
+def by_problem(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records that may stand in one table: same data, prompts and constraint."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        config = record["config"]
+        constraint = config["constraint"]
+        asked = ",".join(f"{u}{t:+g}" for u, t in zip(constraint["utilities"], constraint["thresholds"], strict=True))
+        name = f"{config['dataset']['name']}-{config['evaluate']['split']}-{constraint['form']}-{asked}"
+        groups.setdefault(name, []).append(record)
+    return groups
 
 
 def number(value: Mapping[str, Any] | None) -> float | None:

@@ -17,7 +17,7 @@ from alignbench.report.thresholds import markdown
 _LATEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "|": r"\textbar{}", "<": r"\textless{}",
-    ">": r"\textgreater{}",
+    ">": r"\textgreater{}", "≈": r"$\approx$", "±": r"$\pm$",
 }  # fmt: skip
 
 
@@ -51,6 +51,7 @@ class Section:
         lines: Rows.
         caption: How to read it.
         texts: Leading columns of text, left-aligned.
+        notes: Sentences below it.
     """
 
     key: str
@@ -59,6 +60,7 @@ class Section:
     lines: Sequence[Sequence[Cell]]
     caption: str
     texts: int = 1
+    notes: Sequence[str] = ()
 
     def terminal(self) -> Table:
         """For a terminal."""
@@ -72,7 +74,9 @@ class Section:
     def markdown(self) -> str:
         """With its title as a heading and its caption below."""
         lines = [[str(value) for value in line] for line in self.lines]
-        return f"## {self.title}\n\n{markdown(list(self.headings), lines)}\n\n{self.caption}\n"
+        below = "".join(f"\n- {note}" for note in self.notes)
+        text = f"## {self.title}\n\n{markdown(list(self.headings), lines)}\n\n{self.caption}\n"
+        return f"{text}{below}\n" if below else text
 
     def latex(self) -> str:
         """A table environment for booktabs."""
@@ -91,6 +95,8 @@ class Section:
                 *rows,
                 r"\bottomrule",
                 r"\end{tabular}",
+                *([r"\footnotesize\raggedright"] if self.notes else []),
+                *(rf"\par {latex(note)}" for note in self.notes),
                 r"\end{table}",
             ]
         )
@@ -98,7 +104,7 @@ class Section:
 
 def latex(text: str) -> str:
     """Text with LaTeX's own characters escaped, and a proper minus before digits."""
-    escaped = "".join(_LATEX.get(character, character) for character in text)
+    escaped = "".join(_LATEX.get(character, character) for character in text).replace(r"-\textgreater{}", r"$\to$")
     # an option's value or a range keeps its hyphen: a minus is one that starts a number
     words = escaped.replace("[-", "[$-$").split(" ")
     return " ".join(f"$-${word[1:]}" if word[:1] == "-" and word[1:2].isdigit() else word for word in words)

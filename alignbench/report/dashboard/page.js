@@ -112,11 +112,20 @@ async function draw(id, spec, described) {
   if (!spec) { host.replaceChildren(make("p", {class: "notice"}, described)); return; }
   const place = make("div");
   host.replaceChildren(place);
-  const made = await vegaEmbed(place, {
+  const whole = {
     $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: "container", height: narrow() ? 300 : 400,
     autosize: {type: "fit-x", contains: "padding"}, description: described, config: config(), ...spec,
-  }, {ast: true, renderer: "svg", patch: placeLabels, tooltip: {theme: dark.matches ? "dark" : "light"}, downloadFileName: id,
+  };
+  let made;
+  try {
+    made = await vegaEmbed(place, whole, {
+      ast: true, renderer: "svg", patch: placeLabels, tooltip: {theme: dark.matches ? "dark" : "light"}, downloadFileName: id,
       actions: {export: true, source: false, compiled: false, editor: false}});
+  } catch (error) {  // the rest of the page is of use without it
+    console.error(error);
+    host.replaceChildren(make("p", {class: "notice"}, `This plot cannot be drawn (${error.message}); its numbers are below.`));
+    return;
+  }
   if (turn[id] === mine) drawn[id] = made; else made.finalize();
 }
 
@@ -226,7 +235,7 @@ function calibrationPlot() {
   const solid = {type: "point", size: 80, filled: true, opacity: 1};
   if (!lines) {
     // one choice of thresholds: a line for each method, with its name on the axis
-    const y = {field: "row", type: "nominal", title: null, sort: [...new Set(rows.map((r) => r.row))], axis: {labelLimit: narrow() ? 110 : 260, grid: true}};
+    const y = {field: "row", type: "nominal", title: null, sort: null, scale: {domain: [...new Set(rows.map((r) => r.row))]}, axis: {labelLimit: narrow() ? 110 : 260, grid: true}};
     const x = QUANTITY("y", `achieved margin of ${u}`, loose);
     const layer = [
       {data: {values: [...new Set(requested)].map((r) => ({r}))}, mark: {type: "rule", strokeDash: [5, 4]}, encoding: {x: QUANTITY("r", x.title, loose)}},
