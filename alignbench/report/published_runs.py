@@ -20,13 +20,14 @@ from omegaconf import OmegaConf
 from alignbench.config import recorded
 from alignbench.record import portable
 from alignbench.report.published import Ours, PublishedTable, Row, same_key
-from alignbench.report.runs import Record, number
+from alignbench.report.runs import Record, experiments_of, number
 from alignbench.report.thresholds import multiplier_of, over_seeds, predicted_margin, settings_of
 
 Measured = Mapping[str, Any]
 #: What a user must state to run a preset at all.
 _TO_BE_GIVEN = ("revision",)
 _SHARES = ("win", "judged")
+_GROUPS = ("method", "model", "dataset", "constraint", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,11 @@ def find(table: PublishedTable, records: Sequence[Record]) -> Found:
     notes: list[str] = []
     for ours in table.ours:
         for record in records:
-            if ours.experiment in (record.get("experiments") or ()):
+            if ours.experiment not in experiments_of(record):
+                continue
+            if lacking := [group for group in _GROUPS if not isinstance(record["config"].get(group), Mapping)]:
+                notes.append(f"left out: {record['run_id']}: no {', '.join(lacking)} in its configuration")
+            else:
                 for run, keys in _places(ours, record):
                     seeds = groups.setdefault((run, tuple(sorted(keys.items(), key=str))), {})
                     seeds[record["seed"]] = _newer(seeds.get(record["seed"]), record, run, notes)
@@ -233,9 +238,9 @@ def _measured(record: Record, policy: str, measure: str) -> Measured | None:
         name = utilities[int(what) - 1]
     found: Measured | None
     if kind == "gain":
-        found = row["metrics"].get(f"{name}_gain")
+        found = row.get("metrics", {}).get(f"{name}_gain")
     elif kind == "win":
-        found = row["metrics"].get(f"{name}_win_rate")
+        found = row.get("metrics", {}).get(f"{name}_win_rate")
     elif kind == "margin":
         found = row.get("constraints", {}).get(name, {}).get("achieved_margin")
     elif kind == "predicted":

@@ -183,8 +183,8 @@ def _scales(lines: Sequence[Line]) -> list[str]:
     notes: dict[str, None] = {}
     for line in lines:
         record = next(iter(line.records.values()))
-        config, reported = record["config"], record["rows"][line.run.policy]["metrics"]
-        prompts = next((m["clusters"] for m in reported.values() if m.get("clusters")), "?")
+        config, reported = record["config"], record["rows"][line.run.policy].get("metrics", {})
+        prompts = next((m["clusters"] for m in reported.values() if m and m.get("clusters")), "?")
         samples = config["evaluate"].get("samples_per_prompt", "?")
         where = "at the paper's scale" if line.run.scale == "paper" else "embedded twin, on a CPU-sized world"
         text = (

@@ -380,6 +380,14 @@ def test_what_cannot_be_reported(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_record_without_its_configuration_is_left_out_and_told() -> None:
+    one = record("can/table4_mocan")
+    del one["config"]["constraint"], one["config"]["model"]
+    found = find(published().table("can/table4"), [one, record("can/table4_mocan", experiments="can/table4_mocan")])
+    assert found.lines == []
+    assert found.notes == [f"left out: {one['run_id']}: no model, constraint in its configuration"]
+
+
 def test_records_of_no_preset_are_counted_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder_of([record("can/table4_mocan", experiments=[])], tmp_path / "runs")
     (tmp_path / "runs" / "half").mkdir()
