@@ -18,6 +18,7 @@ from typing import Any, cast
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from alignbench.architecture import ArchitectureConfig, check_architecture
 from alignbench.benchmark import BenchmarkConfig, check_benchmark
 from alignbench.data.templates import check_template
 from alignbench.data.text_measures import normalised
@@ -62,21 +63,6 @@ class LoraConfig:
     alpha: float = 16.0
     dropout: float = 0.0
     targets: list[str] = field(default_factory=list)
-
-
-@dataclass
-class ArchitectureConfig:
-    """Shape of a Llama that is built from nothing, or the published shape that a plan counts with."""
-
-    vocab_size: int = MISSING
-    hidden_size: int = MISSING
-    intermediate_size: int = MISSING
-    layers: int = MISSING
-    heads: int = MISSING
-    kv_heads: int = MISSING
-    max_positions: int = MISSING
-    tied_embeddings: bool = True
-    initializer_range: float = 0.02
 
 
 @dataclass
@@ -216,8 +202,6 @@ _OUTSIDE_RUN_ID = ("hydra", "scale", "plan", "data", "output_dir", "store_dir", 
 _HARDWARE_IN_RUN_ID = ("dtype", "optimizer", "generator")
 # What the embedded world scores and labels besides the reward.
 WORLD_UTILITIES = ("safety", "politeness")
-# Bytes, end and pad: a byte-level BPE has no smaller vocabulary.
-MIN_VOCABULARY = 258
 
 
 def recorded(config: DictConfig) -> dict[str, Any]:
@@ -236,6 +220,8 @@ def scientific(config: DictConfig) -> dict[str, Any]:
             del science["hardware"]["optimizer"]
         if science["hardware"]["generator"] in (None, "built_in"):
             del science["hardware"]["generator"]
+    if isinstance(science.get("model"), dict):  # what a plan counts with; a model that is built has one family only
+        (science["model"].get("architecture") or {}).pop("family", None)
     # without them ids are what they were before there were judges and benchmarks
     judge, benchmark = science.pop("judge", None), science.pop("benchmark", None)
     if isinstance(judge, dict):
@@ -498,6 +484,7 @@ def _check_model(model: ModelConfig, where: str) -> None:
         raise ConfigError(error.what, where=f"{where}.template", mend=error.mend) from None
     if model.not_finite not in ("refuse", "zero"):
         raise _unknown(f"{where}.not_finite", model.not_finite, ("refuse", "zero"))
+    check_architecture(model.architecture, f"{where}.architecture", built=model.path is None)
     if model.sft is not None:
         check_train(model.sft, f"{where}.sft")
     elif model.path is None:
@@ -519,22 +506,9 @@ def _check_model(model: ModelConfig, where: str) -> None:
 
 def _check_built(model: ModelConfig, where: str) -> None:
     """A model built from nothing: a shape that exists, long enough, all of its weights trained by SFT."""
-    shape = model.architecture
-    if shape.heads < 1 or shape.kv_heads < 1 or shape.hidden_size % shape.heads or shape.heads % shape.kv_heads:
+    if model.max_length > model.architecture.max_positions:
         raise ConfigError(
-            f"{shape.heads} heads and {shape.kv_heads} key-value heads do not divide a width of {shape.hidden_size}",
-            where=f"{where}.architecture",
-            mend="hidden_size is a multiple of heads, and heads a multiple of kv_heads",
-        )
-    if shape.vocab_size < MIN_VOCABULARY:
-        raise ConfigError(
-            f"a vocabulary of {shape.vocab_size} cannot hold the byte alphabet and two special tokens",
-            where=f"{where}.architecture.vocab_size",
-            mend=f"at least {MIN_VOCABULARY}",
-        )
-    if model.max_length > shape.max_positions:
-        raise ConfigError(
-            f"max_length {model.max_length} exceeds the model's {shape.max_positions} positions",
+            f"max_length {model.max_length} exceeds the model's {model.architecture.max_positions} positions",
             where=f"{where}.max_length",
             mend=f"lower it, or raise {where}.architecture.max_positions",
         )

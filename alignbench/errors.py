@@ -40,6 +40,10 @@ class JudgeError(AlignbenchError):
     """A judge cannot be asked, or no further: its server does not answer, refuses, or has cost what it may."""
 
 
+class TrackingError(AlignbenchError):
+    """Weights & Biases refused something that was asked of it by name, or could not be reached."""
+
+
 class RankError(AlignbenchError):
     """A process of a stage that runs on several failed with an error that is none of these, or died."""
 

@@ -30,11 +30,11 @@ from alignbench.stages.dualize import (
 )
 from alignbench.stages.evaluate import EvaluateSpec
 from alignbench.stages.explore import BonusSpec, FeaturesSpec, JoinSpec, TiltSpec
+from alignbench.stages.geometry import GeometrySpec
 from alignbench.stages.listed import DrawSpec, ListSpec, LookupSpec, RatioSpec
 from alignbench.stages.measure import LogProbsSpec, SampleSpec
 from alignbench.stages.policies import MergeSpec, PreferSpec, SftSpec
 from alignbench.stages.relabel import AnnotateSpec, ImplicitSpec, RelabelSpec
-from alignbench.stages.truthfulqa import TruthfulQASpec
 
 __all__ = ["Bank", "Lab", "Node", "PreferSettings", "spec_of"]
 
@@ -300,22 +300,10 @@ class Lab(DataLab):
 
     def benchmark(self, policy: Node, *, label: str) -> Node | None:
         """TruthfulQA's MC1 and MC2 of `policy`; None where no benchmark is asked for."""
-        asked, ev = self.config.benchmark, self.config.evaluate
-        if asked is None:
+        if self.config.benchmark is None:
             return None
-        preamble = self.questions.preamble if asked.form == "qa" else ""
-        spec = TruthfulQASpec(
-            self.questions.content,
-            asked.form,
-            preamble,
-            self.tokens,
-            self.config.hardware.dtype,
-            ev.level,
-            ev.resamples,
-        )
-        return self._run(
-            stages.TRUTHFULQA, spec, {"policy": policy}, f"truthfulqa {label}", seed=0, hints={"questions": 817.0}
-        )
+        spec, hints = self._asked, {"questions": 817.0}
+        return self._run(stages.TRUTHFULQA, spec, {"policy": policy}, f"truthfulqa {label}", seed=0, hints=hints)
 
     def certify(
         self, policy: Node, problem: Problem, *, label: str, multipliers: Node | None = None
@@ -384,6 +372,11 @@ class Lab(DataLab):
         ev = self.config.evaluate
         spec = DualSpec(ProblemSpec.of(problem), solver, ev.level, min(ev.resamples, 500))
         return self._run(stages.DUAL, spec, bank.inputs(), "dual")
+
+    def dual_geometry(self, solved: Node) -> Node:
+        """The dual around its minimiser, for pictures: on the bank and for the problem that were solved."""
+        spec = GeometrySpec(solved.identity.spec.problem)
+        return self._run(stages.GEOMETRY, spec, solved.inputs, f"geometry of {solved.label}")
 
     def given(self, multipliers: Mapping[str, float], *, label: str = "given multipliers") -> Node:
         """Multipliers that the configuration states."""

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from alignbench.architecture import lora_parameter_count
 from alignbench.config import ArchitectureConfig, Config
 from alignbench.data.readers import Source
 from alignbench.data.readers import fingerprint as data_fingerprint
@@ -20,10 +21,9 @@ from alignbench.launch import run_on_ranks
 from alignbench.models.policy import fingerprint as model_fingerprint
 from alignbench.models.policy import shape_of
 from alignbench.stages.files import TableSpec
-from alignbench.stages.policies import lora_parameter_count
 from alignbench.stages.stage import Context, Runtime, Stage
 from alignbench.stages.tokens import TokenSpec
-from alignbench.stages.truthfulqa import Questions
+from alignbench.stages.truthfulqa import Questions, TruthfulQASpec
 from alignbench.store import Artifact, Identity, Store, Workspace
 from alignbench.tracking import Tracker
 
@@ -141,6 +141,15 @@ class LabBase:
         benchmark = self.config.benchmark
         assert benchmark is not None
         return Questions.of(benchmark.path, benchmark.preamble)
+
+    @cached_property
+    def _asked(self) -> TruthfulQASpec:
+        """How the benchmark asks its questions."""
+        asked, ev = self.config.benchmark, self.config.evaluate
+        assert asked is not None
+        preamble = self.questions.preamble if asked.form == "qa" else ""
+        dtype = self.config.hardware.dtype
+        return TruthfulQASpec(self.questions.content, asked.form, preamble, self.tokens, dtype, ev.level)
 
     # content is hashed once per run: a 7B model takes seconds
 

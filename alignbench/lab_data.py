@@ -14,6 +14,7 @@ from alignbench.stages.files import FitSpec, ReadSpec, SelectSpec
 from alignbench.stages.listed import ListedWorldSpec
 from alignbench.stages.policies import BaseSpec
 from alignbench.stages.prompts import SomePromptsSpec
+from alignbench.stages.truthfulqa import check_fit
 from alignbench.worlds.handbook import WorldSpec
 
 
@@ -31,15 +32,22 @@ class DataLab(LabBase):
         base = self._run(
             stages.BASE, spec, inputs, "base", seed=None if model.path is None else 0, hints={"shape": self._shape}
         )
-        self._check_lora(base)
+        if base.artifact is not None:
+            self._check_base(base.artifact.path("policy"))
+        elif model.path is not None and Path(model.path).is_dir():
+            self._check_base(Path(model.path))
         return base
 
-    def _check_lora(self, base: Node) -> None:
-        """Before anything trains: a target that matches nothing would be found after SFT only."""
-        lora, path = self.config.model.lora, self.config.model.path
-        folder = base.artifact.path("policy") if base.artifact is not None else Path(path or "")
-        if lora.rank and folder.is_dir() and (base.artifact is not None or path is not None):
+    def _check_base(self, folder: Path) -> None:
+        """What would otherwise be found when something has trained: before anything does.
+
+        Adapters' targets that match nothing, and answers of the benchmark that are longer than the policy.
+        """
+        lora = self.config.model.lora
+        if lora.rank:
             check_lora_targets(folder, lora.targets)
+        if self.config.benchmark is not None:
+            check_fit(folder, self.questions, self._asked)
 
     def data(self) -> Node:
         """Prompts and demonstrations (and, for files, the pairs), checked; rows that are too long are seen to."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from alignbench import stages
+from alignbench.architecture import parameter_count
 from alignbench.errors import DataError, ModelError
 from alignbench.jsonio import canonical
 from alignbench.judging.local import LocalJudge
@@ -17,7 +18,6 @@ from alignbench.judging.settings import JudgeConfig, protocol_of
 from alignbench.lab import Lab, Node
 from alignbench.models.policy import fingerprint, shape_of
 from alignbench.stages.judge import JudgeSpec, ScorerJudge, VerdictsSpec
-from alignbench.stages.policies import parameter_count
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from alignbench import stages
+from alignbench.architecture import lora_parameter_count, parameter_count
 from alignbench.config import WORLD_UTILITIES, ColumnConfig
 from alignbench.models import score_models
 from alignbench.models.policy import fingerprint, is_hub_id, shape_of
-from alignbench.scoring import LEARNED, REGISTERED, named_scorers, text_of
+from alignbench.scoring import LEARNED, REGISTERED, text_of, used_scorers
 from alignbench.stages.measure import ScoreSpec
-from alignbench.stages.policies import lora_parameter_count, parameter_count
 from alignbench.stages.proxy import ProxySpec
 from alignbench.stages.scoring import AssessSpec, BringScorerSpec, ColumnSpec, ScoreColumnsSpec, TrainScorerSpec
 
@@ -128,7 +128,7 @@ def proxies(lab: Lab, evaluations: Mapping[str, Node], settings: Any) -> dict[st
     if config.dataset.world is None:
         return {}
     ev = config.evaluate
-    names = dict.fromkeys([ev.scorer, *named_scorers(settings).values()])
+    names = dict.fromkeys(used_scorers(config, settings).values())
     found: dict[str, dict[str, Node]] = {}
     for scorer in (name for name in names if name in config.scorers):
         columns = tuple(c for c in ("reward", *WORLD_UTILITIES) if c in config.scorers[scorer].columns)
@@ -146,6 +146,6 @@ def proxies(lab: Lab, evaluations: Mapping[str, Node], settings: Any) -> dict[st
 
 def assessments(lab: Lab, settings: Any) -> dict[str, Node]:
     """How good each scorer is that the run uses and has trained itself, on labelled pairs."""
-    names = dict.fromkeys([lab.config.evaluate.scorer, *named_scorers(settings).values()])
+    names = dict.fromkeys(used_scorers(lab.config, settings).values())
     found = {name: assess(lab, name) for name in names}
     return {name: node for name, node in found.items() if node is not None}

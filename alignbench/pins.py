@@ -6,7 +6,7 @@ from typing import Any
 
 from alignbench.config import Config
 from alignbench.models.policy import is_hub_id
-from alignbench.scoring import named_scorers
+from alignbench.scoring import used_scorers
 
 UNPINNED = "not-pinned"
 
@@ -29,7 +29,7 @@ def _sources(config: Config, settings: Any) -> dict[str, Any]:
     sources: dict[str, Any] = {"model": config.model}
     if config.dataset.files is not None:
         sources |= {f"dataset.files.{name}": source for name, _, source in config.dataset.files.sources()}
-    for name in dict.fromkeys([config.evaluate.scorer, *named_scorers(settings).values()]):
+    for name in dict.fromkeys(used_scorers(config, settings).values()):
         columns = config.scorers[name].columns if name in config.scorers else {}
         sources |= {f"scorers.{name}.columns.{column}": source for column, source in columns.items()}
     return sources

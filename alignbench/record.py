@@ -14,8 +14,10 @@ from alignbench.errors import StoreError
 from alignbench.jsonio import atomic_write_json, atomic_write_jsonl, read_json
 from alignbench.lab import Node, spec_of
 from alignbench.methods import Outcome
+from alignbench.report.calibration import reliability
 
 SCHEMA = 1
+_BINS = 10
 _COSTS = ("trained_tokens", "generated_tokens", "scored_tokens", "optimizer_steps", "binary_labels", "seconds")
 _PEAKS = ("peak_rss_bytes", "peak_gpu_bytes")
 
@@ -32,6 +34,7 @@ def make_record(
     tuned_by: dict[str, Any] | None,
     scorers: dict[str, Node] | None = None,
     proxies: dict[str, dict[str, Node]] | None = None,
+    geometries: list[Node] | None = None,
     experiments: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Assemble a run's record; no absolute path and no secret goes in.
@@ -47,6 +50,7 @@ def make_record(
         tuned_by: The hyper-parameter search behind the settings, if the configuration names one.
         scorers: Assessment of each scorer that the run trained itself.
         proxies: By scorer and row, gains by that scorer and by gold.
+        geometries: What pictures show of each dual that was solved.
         experiments: Presets under which this run was asked for (`experiments_of`).
     """
     further: dict[str, Any] = {}
@@ -57,6 +61,11 @@ def make_record(
             name: {row: node.result.json("metrics.json") for row, node in rows.items()}
             for name, rows in proxies.items()
         }
+    if geometries:
+        further["duals"] = [{"label": n.label, "artifact": n.key} | n.result.json("geometry.json") for n in geometries]
+    drawn = {node.label: label_calibration(node) for node in nodes.values() if node.stage.name == "relabel"}
+    if drawn:
+        further["labels"] = drawn
     return {
         "schema": SCHEMA,
         "run_id": run_id,
@@ -142,6 +151,20 @@ def portable(value: Any) -> Any:
     return value
 
 
+def label_calibration(node: Node) -> dict[str, Any]:
+    """The preference model behind a run's own labels: its probabilities against the labels that were used."""
+    from safetensors.numpy import load_file
+
+    found = load_file(node.result.path("labels.safetensors"))
+    probability, preferred = found["probability"], found["preferred"]
+    return {
+        "objective": node.identity.spec.objective,
+        "kind": node.identity.spec.kind,
+        "pairs": len(preferred),
+        **reliability(probability, preferred == 1, _BINS),
+    }
+
+
 def data_statistics(nodes: dict[str, Node]) -> dict[str, Any]:
     """What validation and truncation counted, by stage."""
     found: dict[str, Any] = {}
@@ -224,6 +247,29 @@ def write_per_prompt(folder: Path, evaluations: dict[str, Node]) -> dict[str, st
     ]
     atomic_write_jsonl(folder / PER_PROMPT, rows)
     return {"file": PER_PROMPT, "sha256": hashlib.sha256((folder / PER_PROMPT).read_bytes()).hexdigest()}
+
+
+TRAINING = "training.jsonl"
+_MOST_STEPS = 200
+
+
+def write_training(folder: Path, nodes: dict[str, Node]) -> dict[str, str]:
+    """Write every training stage's curve beside the record: `{stage, step, loss, ...}` per line.
+
+    A long curve is thinned to about 200 evenly spaced steps; its last step and all that were validated stay.
+
+    Returns:
+        File name and sha256, for the record.
+    """
+    rows: list[dict[str, Any]] = []
+    for node in nodes.values():
+        if "log.jsonl" in node.result.manifest["files"]:
+            log = node.result.jsonl("log.jsonl")
+            every = max(1, len(log) // _MOST_STEPS)
+            kept = [r for i, r in enumerate(log, 1) if i % every == 0 or i == len(log) or "validation_loss" in r]
+            rows += [{"stage": node.label} | row for row in kept]
+    atomic_write_jsonl(folder / TRAINING, rows)
+    return {"file": TRAINING, "sha256": hashlib.sha256((folder / TRAINING).read_bytes()).hexdigest()}
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> Path:

@@ -14,7 +14,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
-from alignbench import lab_scores, nodes, slots
+from alignbench import lab_scores, nodes, slots, stages
 from alignbench import record as records
 from alignbench.choose import choose, largest_processes
 from alignbench.cli import SWEEP_ENV
@@ -26,6 +26,7 @@ from alignbench.lab import Lab, Node
 from alignbench.lab_judge import contests, entry
 from alignbench.launch import check_devices
 from alignbench.methods import Outcome, find_method
+from alignbench.mirror import GENERATIONS, mirror
 from alignbench.pins import plan_unpinned
 from alignbench.plan import PlanLab, check_fits, show
 from alignbench.report import certificates as certified
@@ -98,6 +99,7 @@ def execute(composed: DictConfig) -> float:
         compared = lab_scores.proxies(lab, evaluations, settings)
         folder = Path(config.output_dir) / identity
         judged, benchmarks = contests(lab, evaluations), _benchmarks(lab, evaluations)
+        geometries = _geometries(lab)
         record = records.make_record(
             run_id=identity,
             config=records.portable(recorded(composed)),
@@ -106,6 +108,7 @@ def execute(composed: DictConfig) -> float:
             certificates=certificates,
             scorers=scorers,
             proxies=compared,
+            geometries=geometries,
             nodes=lab.nodes,
             versions=versions(),
             tuned_by=tuned_by,
@@ -118,9 +121,11 @@ def execute(composed: DictConfig) -> float:
             record["judging"] = entry(config.judge, judged, level=ev.level, resamples=ev.resamples, seed=config.seed)
         with explained_disk_errors(folder):
             record["per_prompt"] = records.write_per_prompt(folder, evaluations)
+            record["training"] = records.write_training(folder, lab.nodes)
             path = records.write_record(folder, record)
-            _report(record, folder, console, tracker)
-            _generations(lab, evaluations, folder, tracker)
+            _report(record, folder, console)
+            _generations(evaluations, folder)
+            mirror(record, folder, tracker)
     _say_where(record, path, console)
     reward = record["rows"][outcome.reported]["metrics"].get("reward")
     return 0.0 if reward is None else float(reward["mean"])
@@ -146,6 +151,7 @@ def planned(config: Config, settings: Any, store: Store, tracker: Tracker) -> Pl
     lab_scores.proxies(planner, evaluations, settings)
     contests(planner, evaluations)
     _benchmarks(planner, evaluations)
+    _geometries(planner)
     return planner
 
 
@@ -167,6 +173,11 @@ def _benchmarks(lab: Lab, evaluations: dict[str, Node]) -> dict[str, Node]:
     policies = {name: node.inputs["logprobs"].source("policy") for name, node in evaluations.items()}
     found = {name: lab.benchmark(policy, label=name) for name, policy in policies.items()}
     return {name: node for name, node in found.items() if node is not None}
+
+
+def _geometries(lab: Lab) -> list[Node]:
+    """What pictures show of every dual that the run has solved."""
+    return [lab.dual_geometry(node) for node in list(lab.nodes.values()) if node.stage is stages.DUAL]
 
 
 def _tuning(path: str | None, composed: DictConfig) -> dict[str, Any] | None:
@@ -203,8 +214,8 @@ def _experiment() -> str | None:
     return None if choice is None else str(choice)
 
 
-def _report(record: dict[str, Any], folder: Path, console: Console, tracker: Tracker) -> None:
-    """Table and picture of one run, made from its record alone."""
+def _report(record: dict[str, Any], folder: Path, console: Console) -> None:
+    """Table and pictures of one run, made from its record alone."""
     title = f"{record['method']} on {record['config']['dataset']['name']}, seed {record['seed']}"
     console.print(terminal_table([record], title))
     text = markdown_table([record])
@@ -217,30 +228,17 @@ def _report(record: dict[str, Any], folder: Path, console: Console, tracker: Tra
         console.print(judging.terminal(judged))
         text += f"\n{judging.markdown(judged)}"
         judging.picture(judged, folder / "judging")
-        tracker.image("judging", folder / "judging.png")
-        for contest in judged["contests"]:
-            name = f"{contest['row']}/judged_{contest['criterion']}_against_{contest['opponent']}"
-            if contest["win_rate"]["mean"] is not None:
-                tracker.summary({name: contest["win_rate"]["mean"]})
     (folder / "table.md").write_text(text, encoding="utf-8")
-    for name, row in record["rows"].items():
-        for metric, value in row["metrics"].items():
-            tracker.summary({f"{name}/{metric}": value["mean"]})
-            if name == record["outcome"]["reported"]:  # one name for all methods: what a W&B sweep compares
-                tracker.summary({f"reported/{metric}": value["mean"]})
     utility = record["config"]["constraint"]["utilities"][0]
     if utility in next(iter(record["rows"].values()))["metrics"]:
         trade_off([record], folder / "trade_off", utility=utility)
-        tracker.image("trade_off", folder / "trade_off.png")
-    if trajectory(record, folder / "trajectory"):
-        tracker.image("trajectory", folder / "trajectory.png")
+    trajectory(record, folder / "trajectory")
     for name, draw in _SCORER_PICTURES.items():
-        if draw(record, folder / name):
-            tracker.image(name, folder / f"{name}.png")
+        draw(record, folder / name)
 
 
-def _generations(lab: Lab, evaluations: dict[str, Node], folder: Path, tracker: Tracker, count: int = 12) -> None:
-    """Answers of every policy to the same prompts, side by side: a file, and a W&B table."""
+def _generations(evaluations: dict[str, Node], folder: Path, count: int = 12) -> None:
+    """Answers of every policy to the same prompts, side by side."""
     rows: dict[str, dict[str, Any]] = {}
     for name, node in evaluations.items():
         answers = node.inputs["responses"].result.jsonl("responses.jsonl")
@@ -253,10 +251,7 @@ def _generations(lab: Lab, evaluations: dict[str, Node], folder: Path, tracker: 
             row = rows.setdefault(answer["prompt_id"], {"prompt": answer["prompt"]})
             row[name] = answer["response"]
             row |= {f"{name} {key}": round(value, 3) for key, value in score.items()}
-    write_jsonl(folder / "generations.jsonl", rows.values())
-    if rows:
-        columns = list(next(iter(rows.values())))
-        tracker.table("generations", columns, [[row.get(c) for c in columns] for row in rows.values()])
+    write_jsonl(folder / GENERATIONS, rows.values())
 
 
 def _further_pictures(record_path: Path) -> str:

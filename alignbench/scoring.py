@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from alignbench.data.schema import label_column
 from alignbench.data.score_text import ScoreText
 from alignbench.errors import ConfigError
+from alignbench.judging.protocols import COLUMNS
 from alignbench.models.scorers import find_scorer, scorer_names
 
 if TYPE_CHECKING:
@@ -45,6 +46,15 @@ def named_scorers(value: Any, where: str = "") -> dict[str, str]:
     return found
 
 
+def used_scorers(config: Config, settings: Any) -> dict[str, str]:
+    """Every place of the configuration that names a scorer of this run, and the name."""
+    found = {"evaluate.scorer": config.evaluate.scorer} | named_scorers(settings, "method")
+    judge = config.judge
+    if judge is not None and judge.backend == "scorer" and judge.scorer is not None:
+        found["judge.scorer"] = judge.scorer
+    return found
+
+
 def check_name(config: Config, name: str, where: str) -> None:
     """Refuse a scorer that is neither registered nor defined in the configuration."""
     if name not in config.scorers and name not in scorer_names():
@@ -65,7 +75,10 @@ def check_scorers(config: Config, settings: Any) -> None:
     Raises:
         ConfigError: the message holds the mend. Nothing is loaded, and no file is looked at.
     """
-    check_name(config, config.evaluate.scorer, "evaluate.scorer")
+    used = used_scorers(config, settings)
+    for place in ("evaluate.scorer", "judge.scorer"):  # a method looks at those of its own that it uses
+        if place in used:
+            check_name(config, used[place], place)
     for name, scorer in config.scorers.items():
         where = f"scorers.{name}"
         if name in scorer_names():
@@ -74,8 +87,7 @@ def check_scorers(config: Config, settings: Any) -> None:
             raise ConfigError(f"the scorer {name!r} has no columns", where=f"{where}.columns", mend="add reward: ...")
         for column, source in scorer.columns.items():
             _check_column(source, f"{where}.columns.{column}")
-    places = {"evaluate.scorer": config.evaluate.scorer} | named_scorers(settings, "method")
-    for place, name in places.items():
+    for place, name in used.items():
         if name in config.scorers:
             _check_use(config, name, config.scorers[name], place)
 
@@ -118,7 +130,7 @@ def _check_column(column: ColumnConfig, where: str) -> None:
             "a judge needs a template of its own, with {prompt} and {response}, and two verdicts: of what is worse or "
             "better (larger_is), and of the opposite",
             where=where,
-            mend="see conf/scorers/llama_guard.yaml",
+            mend="see conf/scorers/judge.yaml",
         )
     text_of(column).check(where)
 
@@ -132,12 +144,16 @@ def _check_use(config: Config, name: str, scorer: ScorerConfig, place: str) -> N
     from alignbench.config import check_train
 
     where = f"scorers.{name}"
-    absent = [column for column in ("reward", *config.constraint.utilities) if column not in scorer.columns]
+    wanted, other = ("reward", *config.constraint.utilities), "constrain other utilities"
+    if place == "judge.scorer" and config.judge is not None:
+        wanted = tuple(COLUMNS[criterion] for criterion in config.judge.criteria if criterion in COLUMNS)
+        other = "fewer judge.criteria"
+    absent = [column for column in wanted if column not in scorer.columns]
     if absent:
         raise ConfigError(
             f"{place} = {name}, which has no column {', '.join(absent)}",
             where=f"{where}.columns",
-            mend=f"its columns are {', '.join(scorer.columns)}: add the others, or constrain other utilities",
+            mend=f"its columns are {', '.join(scorer.columns)}: add the others, or {other}",
         )
     for column, source in scorer.columns.items():
         if source.kind == REGISTERED and source.source == "gold" and config.dataset.world is None:

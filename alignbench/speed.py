@@ -31,7 +31,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from alignbench.config import ArchitectureConfig, HardwareConfig, LoraConfig, SamplingConfig, TrainConfig
+from alignbench.architecture import ArchitectureConfig, block_weights, matrices, parameter_count, transformers_config
+from alignbench.config import HardwareConfig, LoraConfig, SamplingConfig, TrainConfig
 from alignbench.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -77,16 +78,9 @@ class Piece:
         return _digest([dataclasses.asdict(self), settings, _machine(hardware.device)])
 
     @property
-    def _block(self) -> float:
-        """Weights of a block's matrices."""
-        shape = self.shape
-        keys = shape.hidden_size // shape.heads * shape.kv_heads
-        return shape.hidden_size * (2 * (shape.hidden_size + keys) + 3 * shape.intermediate_size)
-
-    @property
     def flops(self) -> float:
         """About what it takes, prompts counted once."""
-        weights = self.shape.layers * self._block + self.shape.hidden_size * self.shape.vocab_size
+        weights = self.shape.layers * block_weights(self.shape) + self.shape.hidden_size * self.shape.vocab_size
         examples = self.rows if self.kind == "step" else self.rows / self.sequences
         tokens = examples * (self.prompt + self.sequences * self.response)
         return (6 if self.kind == "step" else 2) * weights * tokens
@@ -95,8 +89,8 @@ class Piece:
     def memory_bytes(self) -> float:
         """About what trying it takes: weights, gradients, optimizer and as much again, all in fp32."""
         head = (1 if self.shape.tied_embeddings else 2) * self.shape.hidden_size * self.shape.vocab_size
-        whole = self.shape.layers * self._block + head
-        return 32 * (whole if whole <= LARGE else min(2, self.shape.layers) * self._block + head)
+        whole = self.shape.layers * block_weights(self.shape) + head
+        return 32 * (whole if whole <= LARGE else min(2, self.shape.layers) * block_weights(self.shape) + head)
 
 
 def _digest(value: Any) -> str:
@@ -223,8 +217,6 @@ def measure(request: dict[str, Any]) -> dict[str, Any]:
 
 def seconds_of(piece: Piece, hardware: HardwareConfig) -> float:
     """Time of a piece, from a part of it and of the model's blocks where all would take long."""
-    from alignbench.stages.policies import parameter_count
-
     if parameter_count(piece.shape) > LARGE and piece.shape.layers > 2:
         one, two = (
             seconds_of(replace(piece, shape=replace(piece.shape, layers=layers)), hardware) for layers in (1, 2)
@@ -238,33 +230,23 @@ def seconds_of(piece: Piece, hardware: HardwareConfig) -> float:
 
 def _model(piece: Piece, hardware: HardwareConfig) -> Any:
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM
 
     from alignbench.engine.runtime import device_of, dtype_of
     from alignbench.models.policy import add_lora
 
-    shape = piece.shape
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=shape.vocab_size,
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=max(shape.max_positions, piece.prompt + piece.response),
-        tie_word_embeddings=shape.tied_embeddings,
-        initializer_range=shape.initializer_range,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=0,
+    positions = max(piece.shape.max_positions, piece.prompt + piece.response)
+    config = transformers_config(
+        replace(piece.shape, max_positions=positions), bos_token_id=None, eos_token_id=None, pad_token_id=0
     )
-    policy = LlamaForCausalLM(config).to(device_of(hardware), dtype_of(hardware)).eval()
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(config).to(device_of(hardware), dtype_of(hardware)).eval()
     if piece.lora is None:
         return policy
     own = {name.rsplit(".", 1)[-1] for name, _ in policy.named_modules()}
-    # other families name their layers otherwise; theirs are taken for attention's
-    targets = sorted({name if name in own else "q_proj" for name in piece.lora.targets})
+    # a family that is counted as another names its layers otherwise; theirs are taken for attention's
+    other = next(iter(matrices(piece.shape)))
+    targets = sorted({name if name in own else other for name in piece.lora.targets})
     return add_lora(policy, replace(piece.lora, targets=targets), 0)
 
 

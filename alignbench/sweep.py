@@ -1,4 +1,4 @@
-"""The end of a multirun: one table of requested against achieved margins, one picture, and what sharing saved.
+"""The end of a multirun: table and picture of requested against achieved margins, a dashboard, what sharing saved.
 
 Hydra calls `SweepTable` around a multirun (conf/config.yaml, hydra.callbacks). Every job leaves a small file when it
 ends, whichever process or machine it ran on; the launching process reads the files of its own multirun, and the records
@@ -34,6 +34,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 TABLE = "requested_achieved"
+DASHBOARD = "dashboard.html"
 
 
 class SweepTable(Callback):
@@ -41,6 +42,7 @@ class SweepTable(Callback):
 
     def __init__(self) -> None:
         self._folder: Path | None = None
+        self._store: Path | None = None
         self._token = ""
         self._process = 0
         self._jobs: int | None = None
@@ -50,6 +52,7 @@ class SweepTable(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Name the multirun; nothing is written before a job has ended."""
         self._folder = Path(str(config.hydra.sweep.dir)).resolve() / _name(config)
+        self._store = Path(str(config.store_dir)).resolve()
         self._jobs = _expected(config)
         retried = OmegaConf.select(config, "hydra.sweeper.of", default=None)
         if retried is not None and Path(retried).is_file():  # its sweeper refuses what is no sweep.json
@@ -129,7 +132,7 @@ class SweepTable(Callback):
                 folder.rmdir()
         elif notes:
             missing = 0 if ended else None if self._jobs is None else self._jobs - len(notes)
-            report(notes, folder, missing=missing, earlier=self._earlier)
+            report(notes, folder, missing=missing, earlier=self._earlier, store=self._store)
 
     def _take_notes(self, folder: Path) -> list[dict[str, Any]]:
         """This multirun's notes, in the order of its jobs; they are removed, for sweep.json says the same."""
@@ -202,19 +205,22 @@ def report(
     *,
     missing: int | None,
     earlier: Mapping[str, Any] | None = None,
+    store: Path | None = None,
 ) -> None:
-    """Print one table for all jobs, what failed and what was shared; write table, picture and sweep.json.
+    """Print one table for all jobs, what failed and what was shared; write table, picture, dashboard and sweep.json.
 
     Args:
         notes: What every job left.
         folder: Where the files go.
         missing: Jobs that never ended; None: nobody knows whether there are such.
         earlier: The sweep.json of the sweep of which these jobs are a retry; its finished runs are kept.
+        store: Artifacts that the dashboard links.
     """
     from rich.console import Console
 
+    from alignbench.errors import AlignbenchError
     from alignbench.jsonio import atomic_write_json
-    from alignbench.report import thresholds
+    from alignbench.report import dashboard, thresholds
 
     failed = [dict(note) for note in notes if not note["ok"]]
     ended = [note for note in notes if note["ok"]]
@@ -272,6 +278,11 @@ def report(
         say(f"certificates: python -m alignbench.report certificates {folder.parent}")
     for what, path in zip(("table", "picture"), written, strict=False):
         say(f"{what + ':':9}{path}")
+    if found:
+        try:
+            say(f"page:    {dashboard.write(folder, folder / DASHBOARD, store)}")
+        except AlignbenchError as error:  # what was computed is not lost for the want of a page
+            say(f"page:    none ({error})")
     say(f"runs:    {summary}")
 
 

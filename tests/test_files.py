@@ -352,12 +352,16 @@ def test_the_harmless_split_is_parsed_validated_and_trained_on(model: Path, tmp_
 def test_a_prompt_set_is_what_results_are_reported_on(model: Path, tmp_path: Path) -> None:
     asked = [{"prompt": PROMPTS[0], "category": "a"}, {"prompt": "Something new?", "category": "b"}]
     prompts = write(tmp_path / "set.jsonl", asked)
-    overrides = (f"dataset.files.prompts.path={prompts}", "dataset.files.test_share=0", "method=dpo_helpful")
+    # and all other prompts train, with none held back, as in SACPO's presets
+    shares = ("dataset.files.test_share=0", "dataset.files.validation_share=0")
+    overrides = (f"dataset.files.prompts.path={prompts}", *shares, "method=dpo_helpful")
     done = run(tmp_path / "store", tmp_path / "out", base=on_files(tmp_path, model, *overrides))
     answered = done.artifact("sample dpo_helpful").jsonl("responses.jsonl")
     assert {row["prompt"] for row in answered} == {row["prompt"] for row in asked}
     data = done.artifact("data")
-    assert PROMPTS[0] not in {row["prompt"] for row in data.jsonl("pairs.jsonl")}
+    pairs = data.jsonl("pairs.jsonl")
+    assert {row["prompt"] for row in pairs} == set(PROMPTS) - {PROMPTS[0]}
+    assert {row["split"] for row in pairs} == {"train"}
     assert data.json("report.json")["reported_prompts_left_out"] == 2
     reported = [p for p in data.jsonl("prompts.jsonl") if p["split"] == "test"]
     assert {p["kind"] for p in reported} == {p["category"] for p in reported} == {"a", "b"}

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from alignbench import memory
+from alignbench.architecture import lora_parameter_count, parameter_count
 from alignbench.config import LoraConfig
 from alignbench.engine.batching import Row
 from alignbench.engine.logprobs import LogProbPolicy
 from alignbench.engine.packing import prepare
 from alignbench.hardware import HardwareConfig
 from alignbench.models.policy import add_lora
-from alignbench.stages.policies import lora_parameter_count, parameter_count
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import bench_memory as bench

@@ -206,6 +206,7 @@ FACTS: dict[str, dict[str, Any]] = {
         "model.max_prompt_length": 128,
         "dataset.name": "pku_saferlhf_30k_test",
         "dataset.files.expected_pairs": 26873,
+        "dataset.files.validation_share": 0.0,  # all rows train
         "constraint.beta": 0.1,
         "method.beta_over_lambda": [0.025],
         "method.reward_step.train.learning_rate": 2e-5,
@@ -230,6 +231,7 @@ FACTS: dict[str, dict[str, Any]] = {
     "sacpo/table3_naive_merge": {"method.beta_safe": 0.01, "constraint.beta": 0.1, "method.q": [0.25, 0.5, 0.75]},
     "sacpo/appendix_h_llama2": {
         "model.sft.learning_rate": 5e-7,
+        "model.sft.epochs": 0.622,  # 100,000 of 160,800 dialogues
         "method.reward_step.train.learning_rate": 5e-6,
         "method.safety_step.train.epochs": 2,
         "grid": {"method.beta_over_lambda": [[0.1], [0.05]]},
@@ -300,6 +302,8 @@ FACTS: dict[str, dict[str, Any]] = {
         "constraint.utilities": ["safety", "humor"],
         "evaluate.prompts": 2000,
         "evaluate.samples_per_prompt": 2,
+        "dataset.files.prompts.split": "test",
+        "dataset.files.test_share": 0.0,
     },
     "pd_dpo/figure1_fixed": {"method.initial": [5.0], "method.rounds": 1, "constraint.form": "absolute_cost"},
 }
@@ -320,6 +324,28 @@ def test_caid_s_grid_of_two_constraints_is_the_paper_s() -> None:
     pairs = composed("caid/table6_mocaid")[1]["constraint.thresholds"]
     assert len(pairs) == 14
     assert all(pair in pairs for pair in ([0.1, 0.45], [0.3, 1.2], [0.55, 0.9], [0.65, 0.35], [1.0, 1.0]))
+
+
+# rows that train (all but the validation share), and the training whose warm-up the papers give as 100 steps
+WARMED_UP = {
+    "caid/figure1_dpo_helpful": "step",
+    "caid/table4_mocaid": "step",
+    "caid/table4_mocan": "step",
+    "caid/table4_pecaid": "align",
+    "caid/table6_mocaid": "step",
+    "caid/table6_mocan": "step",
+    "can/figure3_mocan_code": "step",
+    "can/figure3_pecan_code": "align",
+}
+
+
+@pytest.mark.parametrize("preset", sorted(WARMED_UP))
+def test_a_hundred_steps_of_warm_up_are_a_hundred(preset: str) -> None:
+    config = config_of(preset)
+    train, files = config.method[WARMED_UP[preset]].train, config.dataset.files
+    rows = files.expected_pairs * (1 - files.validation_share - files.test_share)
+    steps = math.ceil(rows * train.epochs / train.batch_size)
+    assert train.warmup_ratio * steps == pytest.approx(100, abs=2)
 
 
 def test_can_s_figure_4_has_its_grid() -> None:

@@ -14,6 +14,7 @@ from tiny_runs import TINY, compose, plan, run
 from alignbench.config import resolve, run_id, validate
 from alignbench.errors import AlignbenchError, ConfigError
 from alignbench.models.policy import load_tokenizer
+from alignbench.pins import plan_unpinned
 
 BEAVER = "scorers=beaver_v1"
 COLUMNS = "scorers.beaver_v1.columns"
@@ -56,6 +57,9 @@ def defined(folder, **columns):
         ([BEAVER, f"{COLUMNS}.safety.shift=nan"], f"{COLUMNS}.safety.shift", "finite"),
         ([*USED, f"~{COLUMNS}.safety"], COLUMNS, "its columns are reward"),
         ([*USED, "constraint.utilities=[politeness]"], COLUMNS, "add the others"),
+        (["judge=gold", "judge.scorer=beaver_v1"], "judge.scorer", "scorers=["),
+        ([BEAVER, "judge=gold", "judge.scorer=beaver_v1", f"~{COLUMNS}.safety"], COLUMNS, "fewer judge.criteria"),
+        (["judge=gold", "judge.scorer=learned", "scorers.learned.train=null"], "scorers.learned.train", "learned.yaml"),
         (["evaluate=learned", "scorers.learned.train.epochs=0"], "scorers.learned.train.epochs", "positive"),
         (["evaluate=learned", "scorers.learned.train=null"], "scorers.learned.train", "learned.yaml"),
         (["evaluate=learned", "scorers.learned.regularization=-1"], "scorers.learned.regularization", ">= 0"),
@@ -91,6 +95,17 @@ def test_gold_columns_belong_to_the_embedded_world(tmp_path):
         check(*mixed, "scorers.mixed.columns.reward.larger_is=worse")
     with pytest.raises(ConfigError, match="unknown scorer"):
         check(*mixed, "scorers.mixed.columns.reward.source=golden")
+
+
+def test_a_judge_takes_the_definitions_that_the_evaluation_takes():
+    judged = (BEAVER, "judge=gold", "judge.scorer=beaver_v1")
+    check(*judged)
+    # by its own columns, whatever is constrained; and only by those of its criteria
+    check(*judged, "constraint.utilities=[politeness]")
+    check(*judged, f"~{COLUMNS}.safety", "judge.criteria=[helpfulness]")
+    config, settings = resolve(compose(*TINY, *judged, "plan=true"))
+    assert plan_unpinned(config, settings) == [f"{COLUMNS}.reward.revision", f"{COLUMNS}.safety.revision"]
+    assert run_id(compose(*TINY, *judged)) != run_id(compose(*TINY, *judged, f"{COLUMNS}.safety.shift=1"))
 
 
 def test_definitions_that_nobody_names_change_no_run():

@@ -73,7 +73,11 @@ def test_a_multirun_with_a_failing_job_ends_in_one_table_of_the_others(tmp_path:
     assert summary["stages"]["saved"] == len(stages) - built > built
     assert f"{len(stages)} uses of {built} artifacts; {built} built now, {len(stages) - built} saved" in text
     names = {path.name for path in folder.iterdir()}
-    assert names == {"sweep.json", *(f"requested_achieved.{ending}" for ending in ("md", "png", "pdf"))}
+    assert names == {
+        "sweep.json",
+        "dashboard.html",
+        *(f"requested_achieved.{ending}" for ending in ("md", "png", "pdf")),
+    }
     assert (folder / "requested_achieved.png").stat().st_size > 5000
     assert (folder / "requested_achieved.md").read_text().count("\n| dpo_helpful |") == 2
 

@@ -11,6 +11,7 @@ from typing import Any
 from alignbench.data.dialogue import ASSISTANT, turns_of, write_turns
 from alignbench.data.layouts import Layout, register_layout
 from alignbench.data.schema import Row, Rule, excerpt, label_column
+from alignbench.errors import DataError
 
 
 def _renaming(table: Any, name: str, names: Mapping[str, str], optional: Mapping[str, str] | None = None) -> Layout:
@@ -143,18 +144,20 @@ def _question_of(row: Row) -> dict[str, Any]:
     }
 
 
+_QUESTION_COLUMNS = (
+    ("Question", "Best Answer", "Correct Answers", "Incorrect Answers"),
+    ("question", "best_answer", "correct_answers", "incorrect_answers"),
+)
+
+
+def _no_question(row: Row) -> str | None:
+    if any(all(isinstance(row.get(name), (str, list)) for name in names) for names in _QUESTION_COLUMNS):
+        return None
+    return f"has neither the CSV's columns nor the hub's; it has {excerpt(sorted(map(str, row)), 120)}"
+
+
 def _truthfulqa_rules(rows: Sequence[Any]) -> list[Rule]:
-    wanted = (
-        ("Question", "Best Answer", "Correct Answers", "Incorrect Answers"),
-        ("question", "best_answer", "correct_answers", "incorrect_answers"),
-    )
-
-    def absent(row: Row) -> str | None:
-        if any(all(isinstance(row.get(name), (str, list)) for name in names) for names in wanted):
-            return None
-        return f"has neither the CSV's columns nor the hub's; it has {excerpt(sorted(map(str, row)), 120)}"
-
-    return [Rule("missing field", absent, "give TruthfulQA.csv or the hub's configuration `generation`")]
+    return [Rule("missing field", _no_question, "give TruthfulQA.csv or the hub's configuration `generation`")]
 
 
 def _truthfulqa_pairs(row: Row, labels: tuple[str, ...]) -> list[Row]:
@@ -186,6 +189,9 @@ def _asked(row: Row) -> Row:
     return {"prompt": asked["question"]} | ({"category": asked["category"]} if asked["category"] else {})
 
 
+_TASKS = ("question", "mc1_targets", "mc2_targets")
+
+
 def multiple_choice(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Questions of TruthfulQA's two multiple-choice tasks.
 
@@ -198,12 +204,22 @@ def multiple_choice(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     Returns:
         Per question ``{"question", "mc1_targets", "mc2_targets"}``, each of the two ``{"choices": [text],
         "labels": [0 or 1]}`` with the correct ones first.
+
+    Raises:
+        DataError: a row is none of these.
     """
     found = []
-    for row in rows:
-        if "mc1_targets" in row:
-            found.append({name: row[name] for name in ("question", "mc1_targets", "mc2_targets")})
+    for number, row in enumerate(rows, 1):
+        if all(name in row for name in _TASKS):
+            found.append({name: row[name] for name in _TASKS})
             continue
+        fault = _no_question(dict(row))
+        if fault is not None:
+            raise DataError(
+                f"row {number} {fault}",
+                where="benchmark.path",
+                mend="give TruthfulQA.csv, or rows of the hub's `generation` or `multiple_choice`",
+            )
         asked = _question_of(dict(row))
         right, wrong = asked["correct_answers"], asked["incorrect_answers"]
         found.append(
@@ -249,9 +265,11 @@ def _judge_rules(rows: Sequence[Any]) -> list[Rule]:
 
     def inconsistent(row: Row) -> str | None:
         question, answer, _, _ = _judgement(row) or ("", "", "", 0.0)
-        if all(len(values) == 1 for values in verdicts[question, answer].values()):
+        both = [name for name, values in verdicts[question, answer].items() if len(values) > 1]
+        if not both:
             return None
-        return f"answer {excerpt(answer)} is judged both ways; question {excerpt(question)}"
+        ways = ", ".join(f"{name} and not {name}" for name in both)
+        return f"answer {excerpt(answer)} is judged {ways}; question {excerpt(question)}"
 
     def half(row: Row) -> str | None:
         question, answer, name, _ = _judgement(row) or ("", "", "", 0.0)
@@ -281,7 +299,9 @@ def _joined(rows: Sequence[Row]) -> list[Row]:
     return [row | {"reward": row["informative"]} for row in found.values()]
 
 
-#: finetune_truth.jsonl and finetune_info.jsonl: answers with a truthful and an informative label.
+#: finetune_truth.jsonl and finetune_info.jsonl: answers with a truthful and an informative label. An answer with a
+#: contradiction in either label is left out: 67, of which 27 contradict themselves on truthful, 49 on informative (9 on
+#: both).
 TRUTHFULQA_JUDGE = register_layout(
     Layout(
         "responses",
@@ -373,6 +393,16 @@ HH_CHOSEN = register_layout(
             {"prompt": pair["prompt"], "response": pair[f"response_{pair['better_response_id']}"]}
             for pair in _hh(row, ("reward",))
         ],
+        rules=_dialogue_rules,
+    )
+)
+#: Its dialogues up to the last answer, as prompts to report on.
+HH_PROMPTS = register_layout(
+    Layout(
+        "prompts",
+        "hh",
+        {"chosen": "text", "rejected": "text"},
+        lambda row, labels: [{"prompt": pair["prompt"]} for pair in _hh(row, ("reward",))],
         rules=_dialogue_rules,
     )
 )

@@ -16,7 +16,9 @@ from dataclasses import dataclass, replace
 from alignbench.errors import ConfigError
 from alignbench.jsonio import canonical
 
-CRITERIA = ("helpfulness", "safety")
+#: What is judged, and the column of a scorer that judges it.
+COLUMNS = {"helpfulness": "reward", "safety": "safety"}
+CRITERIA = tuple(COLUMNS)
 #: Which answer is shown first: the judged policy's or its opponent's.
 POLICY_FIRST, OPPONENT_FIRST = 0, 1
 #: (first wins, tie, second wins): probabilities of one answer, summing to one.

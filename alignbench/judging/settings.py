@@ -149,11 +149,9 @@ def _one_of(known: tuple[str, ...]) -> str:
 
 
 def _check_scorer(judge: JudgeConfig, protocol: Protocol, embedded: bool) -> None:
-    from alignbench.models.scorers import find_scorer
-
     if judge.scorer is None or judge.scorer == "none":
         raise ConfigError("the judge has no scorer", where="judge.scorer", mend="judge.scorer=gold, or another scorer")
-    find_scorer(judge.scorer)
+    # whether there is one of that name: alignbench.scoring
     if judge.scorer == "gold" and not embedded:
         raise ConfigError(
             "the gold scorer judges answers of the embedded world only",

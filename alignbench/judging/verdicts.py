@@ -7,7 +7,7 @@ missing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,11 +16,14 @@ import numpy.typing as npt
 
 from alignbench.errors import ConfigError
 from alignbench.judging.protocols import OPPONENT_FIRST, POLICY_FIRST
+from alignbench.report.calibration import reliability
 from alignbench.report.stats import Estimate, cluster_bootstrap
+from alignbench.report.tails import rate_interval
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 RULES = ("each", "consistent")
+_BINS = 10
 NOTHING_JUDGED = "nothing that the judge said could be read"
 
 
@@ -116,7 +119,7 @@ def win_values(triples: FloatArray, tie: float) -> FloatArray:
 
 @dataclass(frozen=True)
 class Options:
-    """How intervals are made; see `alignbench.report.stats.cluster_bootstrap`."""
+    """How intervals are made; see `alignbench.report.stats.cluster_bootstrap` and `report.tails.rate_interval`."""
 
     level: float
     resamples: int
@@ -124,14 +127,24 @@ class Options:
 
 
 def rate(values: FloatArray, prompts: npt.NDArray[Any], options: Options) -> dict[str, Any]:
-    """Mean of the values that are not missing, clustered by prompt; no number where all are missing."""
+    """Mean of the values in [0, 1] that are not missing, clustered by prompt; no number where all are missing."""
+    return _of_readable(values, prompts, options, lambda v, p: rate_interval(v, p, level=options.level))
+
+
+def preference(values: FloatArray, prompts: npt.NDArray[Any], options: Options) -> dict[str, Any]:
+    """As `rate`, of differences, which may be negative."""
+    chosen: Any = {"level": options.level, "resamples": options.resamples, "seed": options.seed}
+    return _of_readable(values, prompts, options, lambda v, p: cluster_bootstrap(v, p, **chosen))
+
+
+def _of_readable(
+    values: FloatArray, prompts: npt.NDArray[Any], options: Options, interval: Callable[..., Estimate]
+) -> dict[str, Any]:
     kept = ~np.isnan(values)
     if not kept.any():
         nothing = Estimate(np.nan, np.nan, np.nan, 0, 0, options.level, NOTHING_JUDGED)
         return nothing.to_dict() | {"mean": None}
-    return cluster_bootstrap(
-        values[kept], prompts[kept], level=options.level, resamples=options.resamples, seed=options.seed
-    ).to_dict()
+    return interval(values[kept], prompts[kept]).to_dict()
 
 
 def win_tie_loss(triples: FloatArray, tie: float, prompts: npt.NDArray[Any], options: Options) -> dict[str, Any]:
@@ -173,7 +186,7 @@ def order_bias(judgements: Judgements, prompts: npt.NDArray[Any], options: Optio
     a, b = map(np.array, zip(*pairs, strict=True))
     owners = prompts[judgements.comparison[a]]
     return {
-        "first_place": rate((values[a] - values[b]) / 2, owners, options),
+        "first_place": preference((values[a] - values[b]) / 2, owners, options),
         "agreement": rate((said[a] == said[b]).all(axis=1).astype(np.float64), owners, options),
     }
 
@@ -193,16 +206,20 @@ def against_gold(
     Returns:
         `agreement`: the judge's share of verdicts for the truly better answer (a tie is half), where gold is no tie;
         `win_rate`: the true one, of the same readable comparisons, ties half; `length_bias`: how much more often the
-        judge prefers the longer answer than gold does (ties half), over answers of different lengths.
+        judge prefers the longer answer than gold does (ties half), over answers of different lengths; `calibration`:
+        what the judge says for the policy's answer (0 to 1, ties half) against how often it is better, where gold is
+        no tie; None where no such comparison could be read.
     """
     values, truth = win_values(triples, 0.5), 0.5 + 0.5 * gold
     readable, decided, uneven = ~np.isnan(values), gold != 0, longer != 0
     agreement = np.where(gold > 0, values, 1 - values)
+    kept = readable & decided
     return {
+        "calibration": reliability(values[kept], gold[kept] > 0, _BINS) if kept.any() else None,
         "agreement": rate(np.where(decided, agreement, np.nan), prompts, options),
         "win_rate": rate(np.where(readable, truth, np.nan), prompts, options),
         # of a longer opponent the judge's preference is 1 - value, and gold's 1 - truth
-        "length_bias": rate(np.where(uneven, longer * (values - truth), np.nan), prompts, options),
+        "length_bias": preference(np.where(uneven, longer * (values - truth), np.nan), prompts, options),
     }
 
 

@@ -8,6 +8,7 @@ reference is then the whole previous policy, never the bare base.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import hashlib
 import json
@@ -20,6 +21,7 @@ from weakref import WeakSet
 
 import torch
 
+from alignbench.architecture import family_of, transformers_config
 from alignbench.config import ArchitectureConfig, LoraConfig
 from alignbench.engine import group
 from alignbench.errors import ModelError
@@ -69,18 +71,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Any:
 
 def build_llama(shape: ArchitectureConfig, tokenizer: Any, seed: int) -> Any:
     """A Llama with random weights that are a function of `seed`."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.layers,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.kv_heads,
-        max_position_embeddings=shape.max_positions,
-        tie_word_embeddings=shape.tied_embeddings,
-        initializer_range=shape.initializer_range,
+    config = transformers_config(
+        dataclasses.replace(shape, vocab_size=len(tokenizer)),
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -132,40 +126,61 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def load_policy(folder: Path, dtype: torch.dtype, device: torch.device, zero3: Mapping[str, Any] | None = None) -> Any:
-    """A causal language model in evaluation mode.
+    """A causal language model in evaluation mode; arguments and errors are those of `load_whole`."""
+    from transformers import AutoModelForCausalLM
+
+    return load_whole(AutoModelForCausalLM, "causal language model", folder, dtype, device, zero3=zero3)
+
+
+def load_whole(
+    kind: Any,
+    noun: str,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    zero3: Mapping[str, Any] | None = None,
+    spare: str | None = None,
+    **options: Any,
+) -> Any:
+    """A model whose parameters are all there and finite, in evaluation mode.
 
     Args:
+        kind: transformers' class, or auto class, that reads it.
+        noun: What it is, for messages.
         folder: A transformers folder.
         dtype: Of its parameters.
         device: Where it goes.
         zero3: DeepSpeed's ZeRO-3 configuration; then every rank calls this, rank 0 reads the weights one module at a
             time, and each keeps its own part of every parameter only.
+        spare: Names that begin so may be absent from the files.
+        options: Further arguments of `from_pretrained`.
 
     Raises:
-        ModelError: not a transformers folder, a parameter is absent, or one holds NaN or infinity.
+        ModelError: not such a folder, a parameter is absent, or one holds NaN or infinity.
     """
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
     _one_bar_per_stage()
     try:
         with _partitioned(zero3):
-            model, loading = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            model, loading = kind.from_pretrained(
+                folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True, **options
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ModelError(
-            f"the folder holds no causal language model in safetensors: {str(error).splitlines()[0]}",
+            f"the folder holds no {noun} in safetensors: {str(error).splitlines()[0]}",
             where=str(folder),
             mend="re-save it with model.save_pretrained(FOLDER); pickled weights are not read",
         ) from error
-    absent = sorted(loading["missing_keys"])
+    # surplus tensors are old buffers (rotary frequencies) in many checkpoints of 2023, and harmless
+    absent = sorted(name for name in loading["missing_keys"] if spare is None or not name.startswith(spare))
     if absent:
         raise ModelError(
             f"{len(absent)} parameter tensor(s) are absent: {', '.join(absent[:3])}",
             where=str(folder),
-            mend="get the whole causal language model (a reward model has no language head); transformers would "
-            "fill the gap with random numbers",
+            mend=f"get the whole {noun} (another kind of model has another head); transformers would fill the gap "
+            "with random numbers",
         )
     own = {name: getattr(p, "ds_tensor", p) for name, p in model.named_parameters()}
     broken = [name for name, values in own.items() if not bool(torch.isfinite(values.detach()).all())]
@@ -175,7 +190,7 @@ def load_policy(folder: Path, dtype: torch.dtype, device: torch.device, zero3: M
         raise ModelError(
             f"{len(broken)} parameter tensor(s) hold NaN or infinity: {', '.join(broken[:3])}",
             where=str(folder),
-            mend="load and re-save the checkpoint, or get an intact copy; training from it would be silent ruin",
+            mend="load and re-save the checkpoint, or get an intact copy; working with it would be silent ruin",
         )
     return hold((model if zero3 else model.to(device)).eval())
 
@@ -354,6 +369,7 @@ def shape_of(path: str, otherwise: ArchitectureConfig) -> ArchitectureConfig:
         kv_heads=of("num_key_value_heads", default=heads),
         max_positions=of("max_position_embeddings", "n_positions"),
         tied_embeddings=bool(found.get("tie_word_embeddings", True)),
+        family=family_of(found.get("model_type")),
     )
 
 

@@ -25,7 +25,7 @@ from torch import nn
 
 from alignbench.errors import ConfigError, ModelError
 from alignbench.models.policy import SCORE_HEAD as HEAD
-from alignbench.models.policy import WEIGHT_SUFFIX, fingerprint, hold, is_hub_id, load_policy
+from alignbench.models.policy import WEIGHT_SUFFIX, fingerprint, hold, is_hub_id, load_policy, load_whole
 from alignbench.scoring import BEAVER, CLASSIFIER, JUDGE, LEARNED
 
 REWARD, COST, CRITIC = "reward", "cost", "critic"
@@ -317,7 +317,8 @@ def load_score_model(folder: Path, dtype: torch.dtype, device: torch.device) -> 
     # the key's name changed between Safe RLHF's versions, the weights say it for sure
     config.score_bias = f"{HEAD}.bias" in names
     kind: Any = type(config)
-    return _load(score_model_class(kind), folder, dtype, device, config=config)
+    # its own normaliser is read by `normaliser_of`, which knows where else its numbers stand
+    return load_whole(score_model_class(kind), "score model", folder, dtype, device, spare="normalizer.", config=config)
 
 
 def load_classifier(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -328,35 +329,7 @@ def load_classifier(folder: Path, dtype: torch.dtype, device: torch.device) -> A
     """
     from transformers import AutoModelForSequenceClassification
 
-    return _load(AutoModelForSequenceClassification, folder, dtype, device)
-
-
-def _load(kind: Any, folder: Path, dtype: torch.dtype, device: torch.device, **options: Any) -> Any:
-    from safetensors import SafetensorError
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    try:
-        model, loading = kind.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"the score model cannot be loaded: {str(error).splitlines()[0]}",
-            where=str(folder),
-            mend="get an intact copy in safetensors",
-        ) from error
-    # surplus tensors are old buffers (rotary frequencies) in many checkpoints of 2023, and harmless
-    absent = sorted(n for n in loading["missing_keys"] if not n.startswith("normalizer."))
-    broken = [n for n, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
-    for what, tensors in (("absent", absent), ("not finite", broken)):
-        if tensors:
-            raise ModelError(
-                f"{len(tensors)} parameter tensor(s) are {what}: {', '.join(tensors[:3])}",
-                where=str(folder),
-                mend="get an intact copy of the score model; random numbers would fill the gap and score anyway",
-            )
-    return hold(model.to(device).eval())
+    return load_whole(AutoModelForSequenceClassification, "classifier", folder, dtype, device)
 
 
 def fresh_score_model(folder: Path, dtype: torch.dtype, device: torch.device, score_type: str) -> Any:

@@ -11,14 +11,29 @@ python -m alignbench.report compare FOLDER [--out NAME] [--against METHOD] [--co
     cost; Markdown, LaTeX (booktabs), CSV and a picture
 
 python -m alignbench.report certificates FOLDER [--split train|test] [--out NAME]
-    the exact certificates of runs on dataset=enumerable, and CAID's claim (a folder that is itself called
-    "certificates" is reported as ./certificates)
+    the exact certificates of runs on dataset=enumerable, and CAID's claim (a folder that is itself called as
+    one of these commands is reported as ./certificates)
 
 python -m alignbench.report rounds FOLDER [--split train|test] [--out NAME]
     the distance of every round's policy from the exact optimum, and what exploration is worth
 
+python -m alignbench.report claims FOLDER [--out NAME]
+    the papers' claims: effect, interval and verdict of each, or the command that makes its runs; Markdown, LaTeX, CSV
+    and a picture
+
+python -m alignbench.report dashboard FOLDER [--out NAME] [--store STORE]
+    one self-contained HTML page of everything below FOLDER: plots with filters, tables, responses side by side; a
+    multirun writes it at its end
+
 python -m alignbench.report judging FOLDER [--out NAME]
     what one judge said in several runs, each contest once, and Bradley-Terry ratings of all their policies together
+
+python -m alignbench.report plots FOLDER [--out FOLDER] [--only NAME,...]
+    every picture that the records allow, as .png and .pdf, and why the others cannot be drawn
+
+python -m alignbench.report wandb FOLDER --project NAME [--entity NAME] [--runs offline|online] [--save]
+    a W&B workspace as code (extra [wandb]), written as JSON and with --save saved; with --runs the W&B runs themselves,
+    made again from the records
 
 python -m alignbench.report published [FOLDER] [--table PAPER/TABLE] [--out FOLDER]
     the papers' published tables with source and certainty, and beside them the runs of their presets below FOLDER, with
@@ -29,19 +44,33 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from alignbench.errors import AlignbenchError
-from alignbench.report import certificates, compare, judging, published, published_tables, rounds, thresholds
+from alignbench.errors import AlignbenchError, ConfigError, DataError
+from alignbench.report import (
+    certificates,
+    compare,
+    dashboard,
+    judging,
+    published,
+    published_tables,
+    rounds,
+    thresholds,
+    wandb_workspace,
+)
+from alignbench.report.claims import page
 from alignbench.report.compare_plot import picture
 from alignbench.report.entries import REFERENCE, groups_of
 from alignbench.report.over_optimisation import over_optimisation
 from alignbench.report.plot import named, trade_off
+from alignbench.report.plots import PLOTS, draw_all
 from alignbench.report.published_runs import Found
-from alignbench.report.runs import Runs, collect
+from alignbench.report.runs import Runs, by_problem, collect
 from alignbench.report.sections import Section, csv_text
 from alignbench.report.table import markdown_table, terminal_table
 
@@ -52,16 +81,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit status."""
     given = sys.argv[1:] if arguments is None else arguments
     try:
-        if given[:1] in (["certificates"], ["rounds"]):
-            _exact(given[0], given[1:])
-        elif given[:1] == ["compare"]:
-            _compare(given[1:])
-        elif given[:1] == ["judging"]:
-            _judging(given[1:])
-        elif given[:1] == ["published"]:
-            _published(given[1:])
-        else:
+        command = _COMMANDS.get(given[0]) if given else None
+        if command is None:
             _summary(given)
+        else:
+            command(given[1:])
     except AlignbenchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
@@ -94,6 +118,11 @@ def _compare(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     runs = collect(options.folder)
     groups = groups_of(runs)
+    if not groups:
+        raise DataError(
+            f"no run below {options.folder} has values per prompt", where=str(options.folder),
+            mend="run them again: the store keeps what was computed; a dashboard shows each by itself",
+        )  # fmt: skip
     base = options.out or options.folder / "compare"
     base.parent.mkdir(parents=True, exist_ok=True)
     console = _console()
@@ -121,6 +150,17 @@ def _numbers(text: str) -> list[float]:
     return [float(part) for part in text.split(",")]
 
 
+def _claims(arguments: list[str]) -> None:
+    options = _parser("python -m alignbench.report claims", "claims").parse_args(arguments)
+    base = options.out or options.folder / "claims"
+    runs = collect(options.folder)
+    page.report(runs, base, options.folder, _console())
+    for note in runs.notes:
+        print(note, file=sys.stderr)
+    _say_where(base)
+    print(f"for a paper: {named(base, '.tex')}\nfor programs: {named(base, '.csv')}")
+
+
 def _judging(arguments: list[str]) -> None:
     options = _parser("python -m alignbench.report judging", "judging").parse_args(arguments)
     base = options.out or options.folder / "judging"
@@ -130,6 +170,54 @@ def _judging(arguments: list[str]) -> None:
     named(base, ".md").write_text(judging.markdown(found), encoding="utf-8")
     judging.picture(found, base)
     _say_where(base)
+
+
+def _plots(arguments: list[str]) -> None:
+    parser = _parser("python -m alignbench.report plots", "plots")
+    parser.add_argument("--only", type=lambda text: text.split(","), default=[], help=f"some of: {', '.join(PLOTS)}")
+    options = parser.parse_args(arguments)
+    out = options.out or options.folder / "plots"
+    runs = collect(options.folder)
+    drawn, notes = draw_all(runs, out, options.only)
+    for note in notes:
+        print(note, file=sys.stderr)
+    for found in drawn:
+        print(
+            f"{found.name + ':':<12} {found.what}"
+            if found.files
+            else f"{found.name + ':':<12} not drawn: {found.reason}"
+        )
+        for file in found.files:
+            print(f"{'':<12} {file}")
+
+
+def _wandb(arguments: list[str]) -> None:
+    parser = _parser("python -m alignbench.report wandb", "wandb")
+    parser.add_argument("--project", default="alignbench", help="W&B project (default: alignbench)")
+    parser.add_argument("--entity", help="W&B user or team; needed by --save")
+    parser.add_argument("--runs", choices=("offline", "online"), help="make the W&B runs again from the records")
+    parser.add_argument("--save", action="store_true", help="save the workspace; needs a login")
+    options = parser.parse_args(arguments)
+    out, name = options.out or options.folder / "wandb-report", options.folder.resolve().name
+    if options.save and not options.entity:
+        raise ConfigError("whose workspace is it to be?", where="--save", mend="--entity NAME: a W&B user or team")
+    runs = collect(options.folder)
+    for note in runs.notes:
+        print(note, file=sys.stderr)
+    space = wandb_workspace.workspace(
+        runs, entity=options.entity or "", project=options.project, name=f"alignbench: {name}"
+    )
+    wandb_workspace.write_spec(space, out / "workspace.json")
+    print(f"workspace: {out / 'workspace.json'}")
+    if options.runs:
+        made = wandb_workspace.rebuild(
+            runs, out / "runs", mode=options.runs, project=options.project, entity=options.entity, group=name
+        )
+        print(f"runs: {len(made)} below {out / 'runs'}")
+        if options.runs == "offline":
+            print(f"upload them: wandb sync {out / 'runs'}/*/wandb/offline-run-*")
+    if options.save:
+        print(f"saved: {wandb_workspace.save(space)}")
 
 
 def _published(arguments: list[str]) -> None:
@@ -160,6 +248,14 @@ def _published(arguments: list[str]) -> None:
     print(f"runs of these tables' presets: {used} of {len(runs.records)}\ntables: {page}")
 
 
+def _dashboard(arguments: list[str]) -> None:
+    parser = _parser("python -m alignbench.report dashboard", "dashboard")
+    parser.add_argument("--store", type=Path, default=Path("store"), help="artifacts found there are linked")
+    options = parser.parse_args(arguments)
+    base = options.out or options.folder / "dashboard"
+    print(f"dashboard: {dashboard.write(options.folder, named(base, '.html'), options.store)}")
+
+
 def _parser(program: str, base: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=program, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -185,7 +281,7 @@ def _console() -> Console:
 def _report(folder: Path, out: Path, *, each: bool = False) -> None:
     records = _read(folder)
     out.parent.mkdir(parents=True, exist_ok=True)
-    problems = _by_problem(records)
+    problems = by_problem(records)
     summary = thresholds.thresholds_differ(records) and bool(thresholds.points_of(records))
     if summary:
         _console().print(thresholds.terminal_table(records, "requested against achieved"))
@@ -212,16 +308,17 @@ def _say_where(base: Path, *, picture: bool = True) -> None:
     print(f"table: {named(base, '.md')}\npicture: {named(base, '.png') if picture else 'none without scores'}")
 
 
-def _by_problem(records: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Records that may stand in one table: same data, prompts and constraint."""
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for record in records:
-        config = record["config"]
-        constraint = config["constraint"]
-        asked = ",".join(f"{u}{t:+g}" for u, t in zip(constraint["utilities"], constraint["thresholds"], strict=True))
-        name = f"{config['dataset']['name']}-{config['evaluate']['split']}-{constraint['form']}-{asked}"
-        groups.setdefault(name, []).append(record)
-    return groups
+_COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "certificates": partial(_exact, "certificates"),
+    "claims": _claims,
+    "compare": _compare,
+    "dashboard": _dashboard,
+    "judging": _judging,
+    "plots": _plots,
+    "published": _published,
+    "rounds": partial(_exact, "rounds"),
+    "wandb": _wandb,
+}
 
 
 if __name__ == "__main__":

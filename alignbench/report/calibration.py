@@ -12,9 +12,8 @@ from scipy import stats as scipy_stats
 from alignbench.data.schema import label_column
 from alignbench.problem import cost_from_utility
 from alignbench.report.plot import pyplot, save, style
-from alignbench.report.stats import cluster_bootstrap
-
-_RESAMPLES = 1000
+from alignbench.report.stats import wilson
+from alignbench.report.tails import rate_interval
 
 
 def reliability(probability: np.ndarray, happened: np.ndarray, bins: int) -> dict[str, Any]:
@@ -97,10 +96,9 @@ def assess(
     label = np.array([row[label_column(column)] for row in rows])
     prompts = np.array([str(row.get("prompt_id", row["prompt"])) for row in rows])
     difference = utilities[:, 1] - utilities[:, 0]
-    options: dict[str, Any] = {"level": 0.95, "resamples": _RESAMPLES, "seed": 0}
     found: dict[str, Any] = {
         "pairs": len(rows),
-        "accuracy": cluster_bootstrap(_agrees(difference, label), prompts, **options).to_dict(),
+        "accuracy": rate_interval(_agrees(difference, label), prompts).to_dict(),
         "preference": reliability(_sigmoid(difference), label == 1, bins),
     }
     if is_cost:
@@ -108,7 +106,7 @@ def assess(
         unsafe = ~np.array([[row[f"is_response_{k}_safe"] for k in (0, 1)] for row in rows], dtype=bool).reshape(-1)
         right = np.where(cost == 0, 0.5, (cost > 0) == unsafe)
         found |= {
-            "sign_accuracy": cluster_bootstrap(right, np.repeat(prompts, 2), **options).to_dict(),
+            "sign_accuracy": rate_interval(right, np.repeat(prompts, 2)).to_dict(),
             "auroc": auroc(cost, unsafe),
             "threshold": best_threshold(cost, unsafe),
             "unsafe": reliability(_sigmoid(cost), unsafe, bins),
@@ -151,23 +149,59 @@ def calibration_plot(record: Mapping[str, Any], path: Path) -> bool:
     plt = pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(4.4 * len(panels), 4.6), squeeze=False, layout="constrained")
     for axis, (title, split, entry) in zip(axes[0], panels, strict=True):
-        axis.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, zorder=0)
-        curves = {"P(response 1 preferred)": entry["preference"]}
-        if "unsafe" in entry:
-            curves["P(unsafe)"] = entry["unsafe"]
-        for index, (name, curve) in enumerate(curves.items(), 1):
-            marker, colour = style(index)
-            bins = curve["bins"]
-            axis.plot(
-                [b["predicted"] for b in bins], [b["observed"] for b in bins], marker=marker, color=colour,
-                markersize=5, clip_on=False, label=f"{name}: ECE {curve['ece']:.3f}",
-            )  # fmt: skip
+        draw_reliability(axis, curves_of(entry))
         facts = f"accuracy {entry['accuracy']['mean']:.3f}"
         if "sign_accuracy" in entry:
             facts += f", of signs {entry['sign_accuracy']['mean']:.3f}"
         axis.set_title(f"{title}, {entry['pairs']} {split} pairs\n{facts}", fontsize=10)
-        axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted probability", ylabel="observed frequency")
-        axis.spines[["top", "right"]].set_visible(False)
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
     save(figure, path)
     return True
+
+
+def curves_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """What a learned column (as `assess` gives it) says about pairs, and of a cost about single responses."""
+    curves = {"P(response 1 preferred)": entry["preference"]}
+    return curves | ({"P(unsafe)": entry["unsafe"]} if "unsafe" in entry else {})
+
+
+def draw_reliability(axis: Any, curves: Mapping[str, Mapping[str, Any]]) -> None:
+    """Observed frequency over predicted probability of each curve, with Wilson's 95 % interval of every bin.
+
+    Args:
+        axis: Matplotlib axes.
+        curves: Name -> what `reliability` gives.
+    """
+    axis.plot([0, 1], [0, 1], color="0.6", linestyle="--", linewidth=1, zorder=0)
+    for index, (name, curve) in enumerate(curves.items(), 1):
+        marker, colour = style(index)
+        bins = curve["bins"]
+        axis.plot(
+            [b["predicted"] for b in bins], [b["observed"] for b in bins], marker=marker, color=colour,
+            markersize=5, clip_on=False, label=f"{name}: ECE {curve['ece']:.3f}",
+        )  # fmt: skip
+        for b in bins:
+            sure = wilson(min(b["n"], b["observed"] * b["n"]), b["n"])
+            axis.plot([b["predicted"]] * 2, [sure.low, sure.high], color=colour, linewidth=1, alpha=0.7)
+    axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted probability", ylabel="observed frequency")
+    axis.spines[["top", "right"]].set_visible(False)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def pooled(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Several reliabilities over the same bins as one: every example counts the same."""
+    cells: dict[tuple[float, float], list[Mapping[str, Any]]] = {}
+    for curve in curves:
+        for cell in curve["bins"]:
+            cells.setdefault((cell["low"], cell["high"]), []).append(cell)
+    bins = []
+    for (low, high), found in sorted(cells.items()):
+        n = sum(cell["n"] for cell in found)
+        means = {key: sum(cell["n"] * cell[key] for cell in found) / n for key in ("predicted", "observed")}
+        bins.append({"low": low, "high": high, "n": n, **means})
+    counts = [sum(cell["n"] for cell in curve["bins"]) for curve in curves]
+    total = sum(counts)
+    return {
+        "ece": sum(b["n"] * abs(b["predicted"] - b["observed"]) for b in bins) / total,
+        "brier": sum(n * curve["brier"] for n, curve in zip(counts, curves, strict=True)) / total,
+        "bins": bins,
+    }

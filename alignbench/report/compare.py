@@ -19,7 +19,7 @@ from alignbench.report.crossed import Crossed, all_pairs_reach, cross, holm
 from alignbench.report.entries import REFERENCE, Entry, Group, asked, contrast, paired
 from alignbench.report.front import hypervolume, on_front
 from alignbench.report.sections import Cell, Section, Value
-from alignbench.report.stats import NO_INTERVAL, Estimate
+from alignbench.report.stats import Estimate, too_few
 
 LEVEL = 0.95
 DELTA = 0.05
@@ -257,7 +257,7 @@ def volume(entries: Sequence[Entry], names: Sequence[str], reference: np.ndarray
     flat = [(entry, name, weights[i, j]) for i, entry in enumerate(entries) for j, name in enumerate(names)]
     common = tuple(seed for seed in entries[0].seeds if all(seed in entry.seeds for entry in entries))
     prompts = entries[0].values[names[0]].shape[1]
-    nothing = Estimate(total, math.nan, math.nan, sum(e.responses for e in entries), prompts, LEVEL, NO_INTERVAL)
+    nothing = Estimate(total, math.nan, math.nan, sum(e.responses for e in entries), prompts, LEVEL, too_few(prompts))
     if not common:
         return replace(nothing, method="no seed in common: no interval")
     # of the linear approximation only the spread is used; the volume itself is exact

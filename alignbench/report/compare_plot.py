@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 
 from alignbench.report.compare import LEVEL, constrained_best
+from alignbench.report.direct import name_beside
 from alignbench.report.entries import REFERENCE, Entry, Group, asked, paired
 from alignbench.report.front import on_front
-from alignbench.report.plot import arms, pyplot, save, style
+from alignbench.report.plot import arms, looks, pyplot, save
 
 # more series than this do not fit beside a picture
 _LEGEND_ROWS = 24
@@ -39,12 +40,12 @@ def picture(group: Group, path: Path) -> bool:
     plt = pyplot()
     figure, (plane, right) = plt.subplots(1, 2, figsize=(12.4, 4.9), layout="constrained")
     series = list(dict.fromkeys(entry.series for entry in known))
-    looks = {name: style(i) for i, name in enumerate(series)}
-    _plane(plane, known, utility, looks)
+    shown = looks(series)
+    _plane(plane, known, utility, shown)
     if len(group.asked) > 1:
-        _slacks(right, known, utility, looks)
+        _slacks(right, known, utility, shown)
     else:
-        _regrets(right, group, known, looks)
+        _regrets(right, group, known, shown)
     for axes in (plane, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(0.08)
@@ -55,10 +56,50 @@ def picture(group: Group, path: Path) -> bool:
     return True
 
 
-def _plane(axes: Any, known: Sequence[Entry], utility: str, looks: dict[str, tuple[str, str]]) -> None:
+def front(group: Group, path: Path) -> bool:
+    """Write a .png and a .pdf: reward against every constrained utility, a panel each, with the front of all points.
+
+    The points of one series are joined in the order of their thresholds, and the series' name stands beside the last.
+
+    Args:
+        group: What is compared.
+        path: Base name.
+
+    Returns:
+        Whether there was anything to draw: False without scores.
+    """
+    panels = {u: [e for e in group.entries if {"reward", u} <= set(e.values)] for u in group.utilities}
+    panels = {utility: known for utility, known in panels.items() if len(known) > 1}
+    if not panels:
+        return False
+    shown = looks(entry.series for entry in group.entries)
+    plt = pyplot()
+    figure, axes = plt.subplots(1, len(panels), figsize=(7.4 * len(panels), 5.2), layout="constrained", squeeze=False)
+    for axis, (utility, known) in zip(axes[0], panels.items(), strict=True):
+        _plane(axis, known, utility, shown)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.margins(0.08)
+        last = {}
+        for name in dict.fromkeys(entry.series for entry in known):
+            own = [entry for entry in known if entry.series == name]
+            course = [(entry.values["reward"].mean(), entry.values[utility].mean()) for entry in own]
+            axis.plot(*zip(*course, strict=True), color=shown[name][1], linewidth=0.8, alpha=0.5)
+            last[name] = course[-1]
+        name_beside(axis, [(name, x, y, shown[name][1]) for name, (x, y) in last.items()])
+    asked_for = "; ".join(asked(thresholds) for thresholds in group.asked)
+    figure.suptitle(
+        f"{group.name}: means over seeds and {group.prompts} prompts, {LEVEL:.0%} intervals\n"
+        f"grey: the front of all points; lines join a method's thresholds, ascending to its name ({asked_for})",
+        fontsize=10,
+    )
+    save(figure, path)
+    return True
+
+
+def _plane(axes: Any, known: Sequence[Entry], utility: str, shown: dict[str, tuple[str, str]]) -> None:
     seen: set[str] = set()
     for entry in known:
-        marker, colour = looks[entry.series]
+        marker, colour = shown[entry.series]
         x, y = (_interval(entry, name) for name in ("reward", utility))
         axes.errorbar(
             x["mean"], y["mean"], xerr=arms(x), yerr=arms(y), fmt=marker, color=colour, capsize=2, markersize=7,
@@ -75,15 +116,15 @@ def _plane(axes: Any, known: Sequence[Entry], utility: str, looks: dict[str, tup
     axes.set_ylabel(f"{utility} (mean per response, larger is better)")
 
 
-def _slacks(axes: Any, known: Sequence[Entry], utility: str, looks: dict[str, tuple[str, str]]) -> None:
-    names = [name for name in looks if name != REFERENCE]
+def _slacks(axes: Any, known: Sequence[Entry], utility: str, shown: dict[str, tuple[str, str]]) -> None:
+    names = [name for name in shown if name != REFERENCE]
     some = [entry for entry in known if utility in entry.requested]
     requested = [entry.requested[utility] for entry in some]
     apart = 0.015 * (max(requested) - min(requested) or 1.0)
     axes.axhline(0.0, color="0.6", linestyle="--", linewidth=1, zorder=0)
     for i, name in enumerate(names):
         own = sorted((entry for entry in some if entry.series == name), key=lambda entry: entry.requested[utility])
-        marker, colour = looks[name]
+        marker, colour = shown[name]
         xs = [entry.requested[utility] + apart * (i - (len(names) - 1) / 2) for entry in own]
         values = [_dict(entry.slack(utility)) for entry in own]
         axes.plot(xs, [value["mean"] for value in values], color=colour, linewidth=1, alpha=0.6)
@@ -93,7 +134,7 @@ def _slacks(axes: Any, known: Sequence[Entry], utility: str, looks: dict[str, tu
     axes.set_ylabel("achieved less requested (met at 0 and above)")
 
 
-def _regrets(axes: Any, group: Group, known: Sequence[Entry], looks: dict[str, tuple[str, str]]) -> None:
+def _regrets(axes: Any, group: Group, known: Sequence[Entry], shown: dict[str, tuple[str, str]]) -> None:
     """Reward less that of the constrained best (of the reference, where nothing is feasible), method by method."""
     some = [entry for entry in known if entry.thresholds]
     against = constrained_best(group, some) or known[0]
@@ -103,7 +144,7 @@ def _regrets(axes: Any, group: Group, known: Sequence[Entry], looks: dict[str, t
         pair = paired(entry, against, "reward")
         if pair is None:
             continue
-        marker, colour = looks[entry.series]
+        marker, colour = shown[entry.series]
         value = _dict(pair[0])
         axes.errorbar(value["mean"], height, xerr=arms(value), fmt=marker, color=colour, capsize=2, elinewidth=0.8)
     axes.set_yticks(range(len(rows)), [entry.series for entry in reversed(rows)], fontsize=8)

@@ -11,11 +11,11 @@ import numpy as np
 
 from alignbench.problem import Form, Problem
 from alignbench.report.crossed import Crossed, cross
+from alignbench.report.plot import REFERENCE
 from alignbench.report.runs import Record, Runs, Table, number, per_prompt
 from alignbench.report.stats import FloatArray
 from alignbench.report.thresholds import series_of, thresholds_of
 
-REFERENCE = "reference"
 # besides the reward and the utilities; each is a mean per prompt
 OTHER = ("kl", "length", "unsafe_rate", "refusal_rate")
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from alignbench.errors import DataError
+from alignbench.report.entries import asked
 from alignbench.report.plot import arms, pyplot, save, style
 from alignbench.report.table import cell
 
@@ -160,6 +161,45 @@ def _ratings(axes: Any, ratings: Mapping[str, Any]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def kind_of(record: Mapping[str, Any]) -> tuple[str, str, str]:
+    """Judge, protocol and data set of a judged record: verdicts of one kind can be rated together."""
+    judging = record["judging"]
+    return str(judging["judge"]), str(judging["protocol"]["name"]), str(record["config"]["dataset"]["name"])
+
+
+def _players(records: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, str], str]:
+    """What to call each judged policy, by (row, seed, policy); equal names over seeds share a rating.
+
+    Its row's name; where a seed has several policies of that name, with what the run asked for, else with its method
+    too, else with its key.
+    """
+    found: dict[tuple[str, int], dict[str, set[tuple[str, str]]]] = {}
+    for record in records:
+        asked_for = asked(record["config"]["constraint"]["thresholds"])
+        for contest in record["judging"]["contests"]:
+            for name in (contest["row"], contest["opponent"]):
+                own = found.setdefault((name, record["seed"]), {})
+                own.setdefault(record["rows"][name]["policy"], set()).add((str(record["method"]), asked_for))
+    spellings = (
+        lambda name, policy, runs: name,
+        lambda name, policy, runs: f"{name} @ {' or '.join(sorted({a for _, a in runs}))}",
+        lambda name, policy, runs: " or ".join(sorted(f"{name} of {m} @ {a}" for m, a in runs)),
+        lambda name, policy, runs: f"{name} {policy[:6]}",
+    )
+    # one spelling for a row in all seeds: what tells its policies apart in each of them
+    chosen: dict[str, int] = {}
+    for (name, _), own in found.items():
+        apart = (
+            k for k, spell in enumerate(spellings) if len({spell(name, *item) for item in own.items()}) == len(own)
+        )
+        chosen[name] = max(chosen.get(name, 0), next(apart, len(spellings) - 1))
+    return {
+        (name, seed, policy): spellings[chosen[name]](name, policy, runs)
+        for (name, seed), own in found.items()
+        for policy, runs in own.items()
+    }
+
+
 def together(records: Sequence[Mapping[str, Any]], *, resamples: int = 2000) -> dict[str, Any]:
     """The judging of several records as one: each contest once, and ratings of all policies together.
 
@@ -169,6 +209,9 @@ def together(records: Sequence[Mapping[str, Any]], *, resamples: int = 2000) -> 
     Args:
         records: Records with judging.
         resamples: Bootstrap draws of the ratings.
+
+    Returns:
+        Like a record's judging, with `reported`: the names of policies that a method reports.
 
     Raises:
         DataError: no record was judged, or their judges or protocols differ.
@@ -180,7 +223,7 @@ def together(records: Sequence[Mapping[str, Any]], *, resamples: int = 2000) -> 
         raise DataError(
             "no record holds judged answers", where="report judging", mend="run with judge=gold, for instance"
         )
-    kinds = {(r["judging"]["judge"], r["judging"]["protocol"]["name"], r["config"]["dataset"]["name"]) for r in judged}
+    kinds = {kind_of(record) for record in judged}
     if len(kinds) > 1:
         shown = "; ".join(", ".join(kind) for kind in sorted(kinds))
         raise DataError(
@@ -188,28 +231,26 @@ def together(records: Sequence[Mapping[str, Any]], *, resamples: int = 2000) -> 
             where="report judging",
             mend="report folders of one kind each",
         )
-    policies: dict[tuple[str, int], set[str]] = {}
-    for record in judged:
-        for contest in record["judging"]["contests"]:
-            for name in (contest["row"], contest["opponent"]):
-                policies.setdefault((name, record["seed"]), set()).add(record["rows"][name]["policy"])
+    names = _players(judged)
+    reported_names: dict[str, None] = {}
+    reported = {record["rows"][record["outcome"]["reported"]]["policy"] for record in judged}
     contests: dict[tuple[str, str], dict[str, Any]] = {}
     for record in judged:
-
-        def player(name: str, record: Mapping[str, Any] = record) -> str:
-            """A row's name; of several policies of one name and seed each has its own."""
-            several = len(policies[name, record["seed"]]) > 1
-            return f"{name} {record['rows'][name]['policy'][:6]}" if several else name
-
         for contest in record["judging"]["contests"]:
-            row, opponent = player(contest["row"]), player(contest["opponent"])
+            row, opponent = (
+                names[name, record["seed"], record["rows"][name]["policy"]]
+                for name in (contest["row"], contest["opponent"])
+            )
             seen = {"row": row, "opponent": opponent, "label": f"{row}, seed {record['seed']}"}
+            if record["rows"][contest["row"]]["policy"] in reported:
+                reported_names[row] = None
             contests.setdefault((contest["artifact"], contest["criterion"]), {**contest, **seen})
     rows = list(contests.values())
     first, level = judged[0]["judging"], judged[0]["config"]["evaluate"]["level"]
     return {
         **first,
         "contests": rows,
+        "reported": list(reported_names),
         "ratings": {
             criterion: rated(rows, criterion, level=level, resamples=resamples, seed=0, elo=False)
             for criterion in dict.fromkeys(row["criterion"] for row in rows)

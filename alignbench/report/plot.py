@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,8 @@ from alignbench.report.table import rows_of
 # Okabe and Ito's palette: told apart with every common colour-vision deficiency
 COLOURS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
 MARKERS = "osD^vP*X"
-_ENDINGS = (".md", ".png", ".pdf", ".json", ".tex", ".csv")
+REFERENCE = "reference"
+_ENDINGS = (".md", ".png", ".pdf", ".json", ".tex", ".csv", ".html")
 
 
 def trade_off(records: Sequence[Mapping[str, Any]], path: Path, *, utility: str) -> None:
@@ -76,6 +77,15 @@ def pyplot() -> Any:
 def style(index: int) -> tuple[str, str]:
     """(marker, colour) of the series of that number; after eight the colours begin anew with the next marker."""
     return MARKERS[(index + index // len(COLOURS)) % len(MARKERS)], COLOURS[index % len(COLOURS)]
+
+
+def looks(series: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """(marker, colour) by name: the reference's is black, the others' go by their order among the names.
+
+    Pictures of one sweep that are given the same names show a series alike.
+    """
+    others = sorted(set(series) - {REFERENCE})
+    return {REFERENCE: style(0)} | {name: style(index) for index, name in enumerate(others, 1)}
 
 
 def save(figure: Any, path: Path) -> None:

@@ -64,6 +64,11 @@ def section_of(table: PublishedTable, found: Found, of: Published) -> Section:
         notes=[
             *notes,
             *(f"{name} = {described(measure, found.lines)}" for name, measure in used.items()),
+            *(
+                ["(!): the interval may be too short"]
+                if any("(!)" in str(cell) for line in lines for cell in line)
+                else []
+            ),
             *(text for line in found.lines for name, measure in used.items() if (text := line.gap(name, measure))),
         ],
     )

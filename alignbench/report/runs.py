@@ -26,6 +26,8 @@ Table = dict[str, dict[str, np.ndarray]]
 _NEEDED: dict[str, type] = {
     "run_id": str, "method": str, "seed": int, "config": dict, "outcome": dict, "rows": dict, "cost": dict,
 }  # fmt: skip
+# the summary in a multirun's folder
+SWEEP = "sweep.json"
 _PACKAGES = ("torch", "transformers", "deepspeed")
 
 
@@ -45,18 +47,18 @@ class Runs:
 
 
 def collect(folder: Path) -> Runs:
-    """Every usable record below a folder.
+    """Every usable record below a folder; of a sweep's own folder, which holds its sweep.json, that sweep's runs.
 
     Raises:
         DataError: There is no record at all, or none that can be used; the message holds the notes.
     """
-    paths = sorted(folder.rglob("record.json"))
+    paths, notes = _of_sweep(folder) if (folder / SWEEP).is_file() else (sorted(folder.rglob("record.json")), [])
     if not paths:
         raise DataError(f"no record.json below {folder}", where=str(folder), mend="run something first: python main.py")
-    notes: list[str] = []
     found: dict[str, tuple[Path, Record]] = {}
     for path in paths:
-        name = str(path.parent.relative_to(folder)) if path.parent != folder else path.parent.name
+        inside = path.parent != folder and path.is_relative_to(folder)
+        name = str(path.parent.relative_to(folder)) if inside else path.parent.name
         record, fault = _read(path)
         if record is None:
             notes.append(f"left out: {name}: {fault}")
@@ -76,8 +78,27 @@ def collect(folder: Path) -> Runs:
     return Runs(records, {run_id: path.parent for run_id, (path, _) in chosen.items()}, notes + _versions(records))
 
 
+def _of_sweep(folder: Path) -> tuple[list[Path], list[str]]:
+    """Records of a multirun's runs, which lie beside its folder, and what became of its other jobs."""
+    summary = read_json(folder / SWEEP)
+    try:
+        paths, failed, missing = (
+            [folder.parent / run / "record.json" for run in summary["runs"]],
+            summary["failed"],
+            summary["missing"],
+        )
+        notes = [f"failed: {' '.join(job['overrides'])}: {job['error']}" for job in failed]
+    except (KeyError, TypeError):
+        raise DataError("it is no summary of a sweep", where=str(folder / SWEEP), mend="run the sweep again") from None
+    if missing != 0:
+        notes.append(f"{'some' if missing is None else missing} of the sweep's jobs never ran to an end")
+    return paths, notes
+
+
 def _read(path: Path) -> tuple[Record | None, str]:
     """A record, or None and why not."""
+    if not path.is_file():
+        return None, "its record is gone; run it again"
     try:
         record = read_json(path)
     except StoreError:
@@ -137,12 +158,9 @@ def per_prompt(record: Record, folder: Path) -> tuple[Table | None, str]:
     if not isinstance(stated, Mapping):
         return None, "no values per prompt (evaluated by an earlier version); the same command evaluates it again"
     path = folder / str(stated["file"])
-    try:
-        content = path.read_bytes()
-    except OSError:
-        return None, f"{path.name} is missing; the same command writes it again"
-    if hashlib.sha256(content).hexdigest() != stated["sha256"]:
-        return None, f"{path.name} is damaged or of another run; the same command writes it again"
+    fault = _not_of_this_run(path, stated)
+    if fault:
+        return None, fault
     tables: dict[str, list[dict[str, Any]]] = {}
     for row in read_jsonl(path):
         tables.setdefault(row["row"], []).append(row)
@@ -158,6 +176,48 @@ def experiments_of(record: Mapping[str, Any]) -> list[str]:
     """The presets that asked for a run; none where the record does not say."""
     found = record.get("experiments")
     return [str(name) for name in found] if isinstance(found, list) else []
+
+
+def training_curves(record: Record, folder: Path) -> tuple[dict[str, list[dict[str, float]]] | None, str]:
+    """Training curves of a run by stage, in the order in which they were trained.
+
+    Returns:
+        The curves and "", or None and why there are none.
+    """
+    stated = record.get("training")
+    if not isinstance(stated, Mapping):
+        return None, "no training curves (run by an earlier version); the same command writes them"
+    path = folder / str(stated["file"])
+    fault = _not_of_this_run(path, stated)
+    if fault:
+        return None, fault
+    curves: dict[str, list[dict[str, float]]] = {}
+    for row in read_jsonl(path):
+        curves.setdefault(row.pop("stage"), []).append(row)
+    return curves, ""
+
+
+def _not_of_this_run(path: Path, stated: Mapping[str, Any]) -> str:
+    """What is wrong with a file that lies beside a record; empty if nothing."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return f"{path.name} is missing; the same command writes it again"
+    if hashlib.sha256(content).hexdigest() != stated["sha256"]:
+        return f"{path.name} is damaged or of another run; the same command writes it again"
+    return ""
+
+
+def by_problem(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """Records that may stand in one table: same data, prompts and constraint."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        config = record["config"]
+        constraint = config["constraint"]
+        asked = ",".join(f"{u}{t:+g}" for u, t in zip(constraint["utilities"], constraint["thresholds"], strict=True))
+        name = f"{config['dataset']['name']}-{config['evaluate']['split']}-{constraint['form']}-{asked}"
+        groups.setdefault(name, []).append(record)
+    return groups
 
 
 def number(value: Mapping[str, Any] | None) -> float | None:

@@ -7,6 +7,7 @@ responses.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -35,9 +36,20 @@ Statistic = Callable[[FloatArray], FloatArray]
 # resample counts held at once: 2 million numbers are about 50 MB with their working copies
 _CHUNK = 2_000_000
 
-BOOTSTRAP = "cluster bootstrap, expanded BCa"
+BOOTSTRAP = "cluster bootstrap, studentised"
+BCA = "cluster bootstrap, expanded BCa"
 NO_INTERVAL = "one cluster: no interval"
 NO_SPREAD = "all prompts alike: width 0 is no confidence"
+FEWEST_PROMPTS = 5
+"""Below so many prompts there is no interval: their spread says too little of other prompts'."""
+MAY_BE_SHORT = "; may be too short: one prompt makes half of the variance"
+FEW_PROMPTS = f"fewer than {FEWEST_PROMPTS} prompts: no interval"
+
+# share of the spread, per prompt, that is added to each resample's: one that drew almost the same value everywhere
+# has hardly any of its own, and dividing by it would make the interval endless
+_STEADY = 0.5
+# prompts from which on one that makes half of the variance is a heavy tail, and not mere chance
+_ENOUGH_TO_TELL = 16
 
 
 @dataclass(frozen=True)
@@ -76,62 +88,53 @@ class Estimate:
 
 
 def cluster_bootstrap(
-    values: npt.ArrayLike,
-    clusters: npt.ArrayLike,
-    *,
-    statistic: str = "mean",
-    tail: float = 0.9,
-    level: float = 0.95,
-    resamples: int = 2000,
-    seed: int,
+    values: npt.ArrayLike, clusters: npt.ArrayLike, *, level: float = 0.95, resamples: int = 2000, seed: int
 ) -> Estimate:
-    """Estimate a statistic with an interval that respects the clustering of responses by prompt.
+    """The mean of all responses with an interval that respects their clustering by prompt.
 
-    Prompts are drawn with replacement, each with all its responses. The interval is the bias-corrected and
-    accelerated one (Efron 1987, BCa; the acceleration is a sixth of the draws' skewness), *expanded*:
-    Student's quantile with k - 1 degrees of freedom times ``sqrt(k / (k - 1))`` stands where the normal
-    quantile was, since plain percentiles are too short for few prompts k (Hesterberg 2015, arXiv 1411.5279).
+    Prompts are drawn with replacement, each with all its responses (the mean is a ratio of sums, so a prompt weighs as
+    its number of responses). Of each draw the deviation of its mean in units of its own standard error is taken, and
+    the quantiles of these studentised deviations take the place of Student's (Efron 1982, the bootstrap-t; Hall 1988:
+    right to the second order, so it follows skewness, where plain percentiles and Student's interval are one-sided).
 
-    Measured coverage of the nominal 95 % interval, in percent, plain percentiles in brackets (4,000 simulated
-    evaluations, 1,500 for CVaR; 2-4 responses per prompt, correlation 0.5 within a prompt, 1,000 resamples)::
+    Measured coverage of the nominal 95 % interval, in percent (`tests/report/test_coverage.py`; four responses per
+    prompt, correlation 0.5 within a prompt)::
 
-        prompts                        8          16          32          64         128
-        normal scores          94 ( 89)    95 ( 92)    95 ( 94)    95 ( 94)    95 ( 95)
-        rate of 0.80           94 ( 87)    95 ( 91)    96 ( 93)    96 ( 94)    95 ( 94)
-        rate of 0.97           46 ( 45)    69 ( 70)    89 ( 90)    95 ( 89)    94 ( 92)
-        log-normal scores      88 ( 80)    91 ( 87)    92 ( 88)    93 ( 92)    93 ( 93)
-        CVaR 0.9, normal       57 ( 57)    77 ( 74)    84 ( 82)    89 ( 88)    91 ( 91)
+        prompts                        5     8    16    32    64   128
+        normal                        95    95    95    95    95    95
+        Student's t, 5 degrees        95    95    95    94    94    94
+        Student's t, 3 degrees        95    95    94    93    94    94
+        exponential                   93    94    95    95    94    96
+        log-normal, sigma 0.5         94    94    94    94    94    95
+        log-normal, sigma 1           90    92    93    93    94    94
 
-    Read with care: a CVaR rests on about ``k (1 - tail)`` prompts, and below twenty of them its interval is
-    too short, most of all upwards. Rates near 0 or 1 from few prompts are the other weak case; where all
-    prompts agree the interval has width 0, ``method`` says so, and ``wilson`` is the one to use.
+    Below 16 prompts it is too short for values as skewed as the last. From 16 on, where one prompt makes more than half
+    of the variance, ``method`` ends in `MAY_BE_SHORT` and tables mark the interval with (!).
+
+    A rate near 0 or 1 is no case for it: where all prompts agree the interval has width 0 and ``method`` says so. Take
+    `report.tails.rate_interval` for numbers between 0 and 1.
 
     "Feasible with confidence 1 - delta" is ``low`` at ``level = 1 - 2 delta``.
 
     Args:
         values: One number per response, shape ``(n,)``, finite.
         clusters: The prompt each response answers, shape ``(n,)``; integers or strings.
-        statistic: ``"mean"`` (ratio of cluster sums, so a prompt weighs as its number of responses),
-            ``"cvar"`` or ``"quantile"``.
-        tail: Level of ``cvar`` and ``quantile`` (0.9: the worst tenth); ignored by ``mean``.
         level: Two-sided coverage, in (0, 1).
         resamples: Bootstrap draws.
         seed: Of this interval's own generator, so that it depends on nothing computed before.
 
     Returns:
-        The estimate; with a single prompt its interval is NaN and ``method`` is ``NO_INTERVAL``, with equal
+        The estimate; with less than `FEWEST_PROMPTS` prompts its interval is NaN and ``method`` says so, with equal
         values everywhere its interval is the point and ``method`` is ``NO_SPREAD``.
 
     Raises:
         DataError: No rows, rows that are not finite, or values and clusters of different lengths.
-        ConfigError: Unknown statistic, or a level, tail or number of resamples out of range.
+        ConfigError: A level or number of resamples out of range.
     """
     check_settings(level, resamples)
     sample = Sample.read(values, clusters, "values")
-    compute = _statistic(statistic, sample, tail)
-    point = float(compute(np.ones((1, sample.k)))[0])
-    draws = _bootstrap(sample.k, resamples, seed, compute, sample.n)
-    return _estimate(point, draws, level, sample.n, sample.k)
+    point, influence = _mean_and_influence(sample)
+    return _studentised(point, influence, level, resamples, seed, sample.n)
 
 
 def paired_difference(
@@ -140,13 +143,11 @@ def paired_difference(
     values_b: npt.ArrayLike,
     clusters_b: npt.ArrayLike,
     *,
-    statistic: str = "mean",
-    tail: float = 0.9,
     level: float = 0.95,
     resamples: int = 2000,
     seed: int,
 ) -> Estimate:
-    """Estimate ``statistic(a) - statistic(b)``, resampling the same prompts for both sides.
+    """Estimate ``mean(a) - mean(b)``, resampling the same prompts for both sides.
 
     What the prompts contribute to both sides cancels, so the interval is shorter than that of two separate
     ones, and "does A differ from B" is read from it and not from whether two intervals overlap. Rows need no
@@ -158,8 +159,6 @@ def paired_difference(
         clusters_a: Prompt of each row of a, shape ``(n_a,)``.
         values_b: Shape ``(n_b,)``, finite.
         clusters_b: Prompt of each row of b, shape ``(n_b,)``; the same set of prompts as a's.
-        statistic: As in ``cluster_bootstrap``.
-        tail: As in ``cluster_bootstrap``.
         level: Two-sided coverage, in (0, 1).
         resamples: Bootstrap draws.
         seed: Of this interval's own generator.
@@ -172,18 +171,16 @@ def paired_difference(
     a = Sample.read(values_a, clusters_a, "values_a")
     b = Sample.read(values_b, clusters_b, "values_b")
     _require_same_prompts(a, b)
-    of_a, of_b = _statistic(statistic, a, tail), _statistic(statistic, b, tail)
-
-    def difference(counts: FloatArray) -> FloatArray:
-        return of_a(counts) - of_b(counts)
-
-    point = float(difference(np.ones((1, a.k)))[0])
-    draws = _bootstrap(a.k, resamples, seed, difference, a.n + b.n)
-    return _estimate(point, draws, level, a.n + b.n, a.k)
+    (of_a, own), (of_b, other) = _mean_and_influence(a), _mean_and_influence(b)
+    return _studentised(of_a - of_b, own - other, level, resamples, seed, a.n + b.n)
 
 
 def interval_of(point: float, draws: npt.ArrayLike, *, level: float, n: int, clusters: int) -> Estimate:
-    """The interval of `cluster_bootstrap` for a statistic whose resamples the caller has made.
+    """The interval of a statistic that is no mean, from resamples of the prompts that the caller has made.
+
+    Bias-corrected and accelerated (Efron 1987, BCa; the acceleration is a sixth of the draws' skewness), *expanded*:
+    Student's quantile with k - 1 degrees of freedom times ``sqrt(k / (k - 1))`` stands where the normal quantile was,
+    since plain percentiles are too short for few prompts k (Hesterberg 2015, arXiv 1411.5279).
 
     Args:
         point: The statistic of the whole sample.
@@ -212,7 +209,9 @@ def cvar(values: npt.ArrayLike, level: float) -> float:
     """
     array = _finite(values, "values")
     sample = Sample(array, np.arange(len(array)), np.arange(len(array)))
-    return float(_statistic("cvar", sample, level)(np.ones((1, sample.k)))[0])
+    if not 0.0 <= level < 1.0:
+        raise ConfigError(f"tail level {level}", where="cvar", mend="choose it in [0, 1)")
+    return float(_cvar_of(sample, level)(np.ones((1, sample.k)))[0])
 
 
 def quantiles(values: npt.ArrayLike, levels: Sequence[float]) -> dict[float, float]:
@@ -339,27 +338,45 @@ def _finite(values: npt.ArrayLike, argument: str) -> FloatArray:
     return array
 
 
-def _statistic(name: str, sample: Sample, tail: float) -> Statistic:
-    """A function from prompt counts, shape ``(draws, k)``, to the statistics, shape ``(draws,)``."""
-    if name == "mean":
-        return _mean_of(sample)
-    if name not in ("cvar", "quantile"):
-        raise ConfigError(f"unknown statistic {name!r}", where="statistic", mend="use one of: mean, cvar, quantile")
-    if not 0.0 <= tail < 1.0:
-        raise ConfigError(f"tail level {tail}", where="statistic", mend="choose it in [0, 1)")
-    return _cvar_of(sample, tail) if name == "cvar" else _quantile_of(sample, tail)
+def _mean_and_influence(sample: Sample) -> tuple[float, FloatArray]:
+    """The mean of all rows, and what each prompt adds to it times k, shape (k,); they sum to zero."""
+    # measured from the first value: equal values then have no influence at all, without rounding
+    origin = float(sample.values[0])
+    sums = np.bincount(sample.index, weights=sample.values - origin)
+    mean = float(sums.sum()) / sample.n
+    sizes = np.bincount(sample.index)
+    return origin + mean, (sums - mean * sizes) * (sample.k / sample.n)
 
 
-def _mean_of(sample: Sample) -> Statistic:
-    # measured from the first value: equal values then give an interval of width 0, without rounding
-    origin = sample.values[0]
-    sums = np.bincount(sample.index, weights=sample.values - origin, minlength=sample.k)
-    sizes = np.bincount(sample.index, minlength=sample.k).astype(np.float64)
+def _studentised(point: float, influence: FloatArray, level: float, resamples: int, seed: int, n: int) -> Estimate:
+    k = len(influence)
+    if k < FEWEST_PROMPTS:
+        return Estimate(point, math.nan, math.nan, n, k, level, too_few(k))
+    spread = math.sqrt(float(np.mean(influence**2)))
+    # prompts that are alike up to rounding are alike
+    if spread <= 1e-14 * max(1.0, abs(point)):
+        return Estimate(point, point, point, n, k, level, NO_SPREAD)
+    scaled = influence / spread
+    moments = np.stack([scaled, scaled**2], axis=1) / k
 
-    def mean(counts: FloatArray) -> FloatArray:
-        return origin + (counts @ sums) / (counts @ sizes)
+    def deviation(counts: FloatArray) -> FloatArray:
+        mean, square = (counts @ moments).T
+        found: FloatArray = mean / np.sqrt(np.maximum(square - mean**2, 0.0) + _STEADY / k)
+        return found
 
-    return mean
+    draws = _bootstrap(k, resamples, seed, deviation, k)
+    below, above = np.quantile(draws, [0.5 - level / 2, 0.5 + level / 2])
+    error = spread * math.sqrt((1.0 + _STEADY / k) * k / (k - 1))
+    low, high = point - error * float(above), point - error * float(below)
+    method = BOOTSTRAP
+    if k >= _ENOUGH_TO_TELL and float(np.max(scaled**2)) > k / 2:
+        method += MAY_BE_SHORT
+    return Estimate(point, min(low, point), max(high, point), n, k, level, method)
+
+
+def too_few(clusters: int) -> str:
+    """Why there is no interval over so few prompts."""
+    return NO_INTERVAL if clusters == 1 else FEW_PROMPTS
 
 
 def _cvar_of(sample: Sample, tail: float) -> Statistic:
@@ -376,52 +393,46 @@ def _cvar_of(sample: Sample, tail: float) -> Statistic:
     return tail_mean
 
 
-def _quantile_of(sample: Sample, tail: float) -> Statistic:
-    order = np.argsort(sample.values, kind="stable")
-    ascending, index = sample.values[order], sample.index[order]
-
-    def quantile(counts: FloatArray) -> FloatArray:
-        weights = counts[:, index].astype(np.int64)
-        filled = np.cumsum(weights, axis=1)
-        position = tail * (filled[:, -1] - 1)
-        below = np.floor(position)
-        # the row of rank p (from 0) of a draw is the first whose cumulative count exceeds p
-        lower = ascending[np.argmax(filled > below[:, None], axis=1)]
-        upper = ascending[np.argmax(filled > np.ceil(position)[:, None], axis=1)]
-        return lower + (position - below) * (upper - lower)
-
-    return quantile
-
-
-def bootstrap(sample: Sample, statistic: str, tail: float, resamples: int, seed: int) -> FloatArray:
-    """The draws behind `cluster_bootstrap`, shape ``(resamples,)``."""
-    return _bootstrap(sample.k, resamples, seed, _statistic(statistic, sample, tail), sample.n)
+def tail_means(sample: Sample, tail: float, resamples: int, seed: int) -> FloatArray:
+    """The tail mean of each resample of the prompts, shape ``(resamples,)``."""
+    return _bootstrap(sample.k, resamples, seed, _cvar_of(sample, tail), sample.n)
 
 
 def _bootstrap(k: int, resamples: int, seed: int, compute: Statistic, width: int) -> FloatArray:
     """The statistic of each resample of k prompts, in chunks of rows as wide as ``width`` numbers."""
-    rng = np.random.default_rng(seed)
-    if k == 1:
-        return np.full(resamples, np.nan)
-    draws = np.empty(resamples)
+    rows = max(1, _CHUNK // max(width, k))
+    # many numbers of one evaluation or report are resampled alike: their counts are drawn once
+    if resamples <= rows:
+        return compute(_drawn(k, resamples, seed))
+    rng, draws = np.random.default_rng(seed), np.empty(resamples)
     # the generator is read in order, so the chunk size never changes the draws
-    rows = max(1, _CHUNK // width)
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)
-        picks = rng.integers(0, k, size=(size, k)) + np.arange(size)[:, None] * k
-        counts = np.bincount(picks.ravel(), minlength=size * k).reshape(size, k).astype(np.float64)
-        draws[start : start + size] = compute(counts)
+        draws[start : start + size] = compute(_counts(rng, k, size))
     return draws
 
 
+@functools.lru_cache(maxsize=4)
+def _drawn(k: int, resamples: int, seed: int) -> FloatArray:
+    counts = _counts(np.random.default_rng(seed), k, resamples)
+    counts.setflags(write=False)
+    return counts
+
+
+def _counts(rng: np.random.Generator, k: int, size: int) -> FloatArray:
+    """How often each of k prompts is drawn, shape (size, k)."""
+    picks = rng.integers(0, k, size=(size, k)) + np.arange(size)[:, None] * k
+    return np.bincount(picks.ravel(), minlength=size * k).reshape(size, k).astype(np.float64)
+
+
 def _estimate(point: float, draws: FloatArray, level: float, n: int, k: int) -> Estimate:
-    if k == 1:
-        return Estimate(point, math.nan, math.nan, n, k, level, NO_INTERVAL)
+    if k < FEWEST_PROMPTS:
+        return Estimate(point, math.nan, math.nan, n, k, level, too_few(k))
     # compared rather than taken from the standard deviation, whose rounding is not always zero
     if np.ptp(draws) == 0.0:
         return Estimate(point, point, point, n, k, level, NO_SPREAD)
     low, high = _interval(draws, point, level, k)
-    return Estimate(point, low, high, n, k, level, BOOTSTRAP)
+    return Estimate(point, low, high, n, k, level, BCA)
 
 
 def _interval(draws: FloatArray, point: float, level: float, k: int) -> tuple[float, float]:

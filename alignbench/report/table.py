@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
+from alignbench.report.stats import FEW_PROMPTS, MAY_BE_SHORT
+
 Record = Mapping[str, Any]
 Row = tuple[str, Record, Mapping[str, Any]]
 
@@ -34,13 +36,19 @@ def columns_of(record: Record) -> list[tuple[str, str]]:
 
 
 def cell(value: Mapping[str, Any] | None, digits: int = 2) -> str:
-    """A value as `mean [low, high]`; only the mean where there is no interval."""
+    """A value as `mean [low, high]`.
+
+    Where there is no interval the mean stands alone, with the number of prompts if they are too few for one; an interval
+    that may be too short has a mark.
+    """
     if value is None or value["mean"] is None:
         return "-"
     text = f"{value['mean']:z.{digits}f}"  # z: -0.00 is 0.00
+    method = str(value.get("method"))
     if value.get("low") is None or value.get("high") is None:
-        return text
-    return f"{text} [{value['low']:z.{digits}f}, {value['high']:z.{digits}f}]"
+        return f"{text} (no interval: n={value['clusters']})" if method == FEW_PROMPTS else text
+    mark = " (!)" if method.endswith(MAY_BE_SHORT) else ""
+    return f"{text} [{value['low']:z.{digits}f}, {value['high']:z.{digits}f}]{mark}"
 
 
 def _verdict(constraint: Mapping[str, Any]) -> str:

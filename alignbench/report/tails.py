@@ -9,20 +9,28 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats as scipy_stats
 
-from alignbench.errors import ConfigError
+from alignbench.errors import ConfigError, DataError
 from alignbench.report.stats import (
-    NO_INTERVAL,
+    FEWEST_PROMPTS,
     NO_SPREAD,
     Estimate,
     FloatArray,
     Sample,
-    bootstrap,
     check_settings,
     cvar,
+    tail_means,
+    too_few,
     wilson,
 )
 
-__all__ = ["FEWEST_TAIL_PROMPTS", "cell_rates", "cvar_interval", "intraclass_correlation", "quantile_interval"]
+__all__ = [
+    "FEWEST_TAIL_PROMPTS",
+    "cell_rates",
+    "cvar_interval",
+    "intraclass_correlation",
+    "quantile_interval",
+    "rate_interval",
+]
 
 FEWEST_TAIL_PROMPTS = 6
 """Below so many prompts beyond the tail's border there is no interval: simulated ones missed their level."""
@@ -69,8 +77,8 @@ def cvar_interval(
     check_settings(level, resamples)
     sample = Sample.read(values, clusters, "values")
     point = cvar(sample.values, tail)
-    nothing = Estimate(point, math.nan, math.nan, sample.n, sample.k, level, NO_INTERVAL)
-    if sample.k == 1:
+    nothing = Estimate(point, math.nan, math.nan, sample.n, sample.k, level, too_few(sample.k))
+    if sample.k < FEWEST_PROMPTS:
         return nothing
     if np.ptp(sample.values) == 0.0:
         return replace(nothing, low=point, high=point, method=NO_SPREAD)
@@ -80,7 +88,7 @@ def cvar_interval(
     border = float(np.quantile(sample.values, tail))
     influence = border + np.maximum(sample.values - border, 0.0) / (1.0 - tail) - point
     error = _clustered_error(influence, sample)
-    bias = float(np.mean(bootstrap(sample, "cvar", tail, resamples, seed))) - point
+    bias = float(np.mean(tail_means(sample, tail, resamples, seed))) - point
     reach = float(scipy_stats.t.ppf(0.5 + level / 2, df=prompts - 1)) * error
     centre = point - bias + _skewness_shift(influence, sample)
     low, high = centre - reach, centre + reach
@@ -113,8 +121,8 @@ def quantile_interval(values: npt.ArrayLike, clusters: npt.ArrayLike, share: flo
         raise ConfigError(f"quantile {share}", where="quantile_interval", mend="choose it in (0, 1)")
     sample = Sample.read(values, clusters, "values")
     point = float(np.quantile(sample.values, share))
-    nothing = Estimate(point, math.nan, math.nan, sample.n, sample.k, level, NO_INTERVAL)
-    if sample.k == 1:
+    nothing = Estimate(point, math.nan, math.nan, sample.n, sample.k, level, too_few(sample.k))
+    if sample.k < FEWEST_PROMPTS:
         return nothing
     if np.ptp(sample.values) == 0.0:
         return replace(nothing, low=point, high=point, method=NO_SPREAD)
@@ -131,6 +139,52 @@ def quantile_interval(values: npt.ArrayLike, clusters: npt.ArrayLike, share: flo
     shares = wilson(share * effective, effective, level)
     low, high = np.quantile(sample.values, [shares.low, shares.high])
     return replace(nothing, low=float(low), high=float(high), method=QUANTILE_METHOD)
+
+
+def rate_interval(values: npt.ArrayLike, clusters: npt.ArrayLike, *, level: float = 0.95) -> Estimate:
+    """The mean of numbers between 0 and 1 (wins with ties half, hits, shares), with an interval clustered by prompt.
+
+    Wilson's, at the number of independent coin throws that would know the mean as well: responses to one prompt count
+    by their correlation as in `cell_rates`, and values between 0 and 1 vary less than a coin of that mean. Where this
+    number is estimated Student's quantile stands in place of the normal one. Near 0 and 1, where resampled prompts are
+    often all alike, it holds its level (`tests/report/test_tails.py`), and it stays in [0, 1].
+
+    Args:
+        values: In [0, 1], shape (n,).
+        clusters: The prompt of each, shape (n,).
+        level: Two-sided coverage.
+
+    Returns:
+        The estimate; its interval is NaN below `report.stats.FEWEST_PROMPTS` prompts.
+
+    Raises:
+        DataError: No rows, rows that are not finite or outside [0, 1], or lengths that differ.
+        ConfigError: The level is out of range.
+    """
+    check_settings(level, resamples=1)
+    sample = Sample.read(values, clusters, "values")
+    outside = (sample.values < 0.0) | (sample.values > 1.0)
+    if outside.any():
+        raise DataError(
+            f"{int(outside.sum())} of {sample.n} values are outside [0, 1]",
+            where="rate_interval",
+            mend="use cluster_bootstrap for a mean of other numbers",
+        )
+    mean = float(sample.values.mean())
+    if sample.k < FEWEST_PROMPTS:
+        return Estimate(mean, math.nan, math.nan, sample.n, sample.k, level, too_few(sample.k))
+    sizes = np.bincount(sample.index)
+    correlation = intraclass_correlation(sample, np.zeros(sample.n, dtype=np.intp))
+    effective = float(np.sum(sizes / (1.0 + (sizes - 1.0) * correlation)))
+    variance = float(np.mean((sample.values - mean) ** 2))
+    coins = bool(np.isin(sample.values, (0.0, 1.0)).all())
+    if not coins and variance > 0.0:
+        effective *= mean * (1.0 - mean) / variance
+    if not coins or sample.n > sample.k:
+        normal, student = scipy_stats.norm.ppf(0.5 + level / 2), scipy_stats.t.ppf(0.5 + level / 2, df=sample.k - 1)
+        effective *= float(normal / student) ** 2
+    found = wilson(mean * effective, effective, level)
+    return replace(found, mean=mean, n=sample.n, clusters=sample.k, method=CELL_METHOD)
 
 
 def cell_rates(

@@ -19,7 +19,8 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
-from alignbench.report.plot import arms, named, pyplot, save, style
+from alignbench.report.direct import name_beside
+from alignbench.report.plot import arms, looks, named, pyplot, save
 from alignbench.report.table import cell
 
 Record = Mapping[str, Any]
@@ -371,29 +372,30 @@ def picture(records: Sequence[Record], path: Path) -> None:
     utilities = list(dict.fromkeys(u for r in records for u in r["config"]["constraint"]["utilities"]))
     utilities = [u for u in utilities if any(p.utility == u for p in points)]
     series = sorted({p.series for p in points})
+    styles = looks(series)
     plt = pyplot()
     figure, panels = plt.subplots(
-        1, len(utilities), figsize=(4.6 * len(utilities) + 2.8, 4.8), layout="constrained", squeeze=False
+        1, len(utilities), figsize=(6.2 * len(utilities) + 0.6, 5.0), layout="constrained", squeeze=False
     )
     for axes, utility in zip(panels[0], utilities, strict=True):
         shown = [p for p in points if p.utility == utility]
         _identity(axes, shown)
-        for index, name in enumerate(series):
-            _draw(axes, [p for p in shown if p.series == name], name, index, _apart(shown, index, len(series)))
+        asides = {name: _apart(shown, index, len(series)) for index, name in enumerate(series)}
+        for name in series:
+            _draw(axes, [p for p in shown if p.series == name], styles[name], asides[name])
         axes.set_xlabel(f"requested margin of {utility}")
         axes.set_ylabel(f"achieved margin of {utility}")
         axes.spines[["top", "right"]].set_visible(False)
+        ends = {p.series: p for p in sorted(shown, key=lambda p: p.requested)}
+        name_beside(
+            axes, [(n, p.requested + asides[n], p.achieved["mean"], styles[n][1]) for n, p in ends.items()], share=0.75
+        )
     handles, labels = panels[0][0].get_legend_handles_labels()
-    for axes in panels[0][1:]:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            if label not in labels:
-                handles.append(handle)
-                labels.append(label)
     if any(p.predicted for p in points):
         (hollow,) = panels[0][0].plot([], [], "o", markerfacecolor="white", color="0.4", markersize=4, linestyle="none")
         handles.append(hollow)
         labels.append("predicted before training")
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     names = ", ".join(dict.fromkeys(str(r["config"]["dataset"]["name"]) for r in records))
     kind = "mean over seeds with its interval" if any(len(p.seeds) > 1 for p in points) else "with bootstrap intervals"
     figure.suptitle(f"{names}: achieved against requested margin ({kind})", fontsize=11)
@@ -425,16 +427,16 @@ def _apart(points: Sequence[Point], index: int, count: int) -> float:
     return 0.012 * (high - low) * (index - (count - 1) / 2)
 
 
-def _draw(axes: Any, points: Sequence[Point], name: str, index: int, aside: float) -> None:
+def _draw(axes: Any, points: Sequence[Point], look: tuple[str, str], aside: float) -> None:
     points = sorted(points, key=lambda p: p.requested)
-    marker, colour = style(index)
+    marker, colour = look
     xs = [p.requested + aside for p in points]
     if points:
         axes.plot(xs, [p.achieved["mean"] for p in points], color=colour, linewidth=1, alpha=0.6)
-    for i, (x, p) in enumerate(zip(xs, points, strict=True)):
+    for x, p in zip(xs, points, strict=True):
         axes.errorbar(
             x, p.achieved["mean"], yerr=arms(p.achieved), fmt=marker, color=colour, markersize=6, capsize=2,
-            elinewidth=1, label=name if i == 0 else None,
+            elinewidth=1,
         )  # fmt: skip
         if p.predicted is not None:
             axes.plot(x, p.predicted["mean"], marker, color=colour, markerfacecolor="white", markersize=4, zorder=4)

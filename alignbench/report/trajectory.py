@@ -44,7 +44,7 @@ def trajectory(record: Mapping[str, Any], path: Path) -> bool:
     if rewards:
         panels[2].plot(*zip(*rewards, strict=True), color="0.3", marker="o", markersize=4)
         panels[2].set_ylabel("reward")
-    reported = _reported(record, entries)
+    reported = reported_iteration(record, entries)
     for axes in panels:
         if reported is not None:
             axes.axvline(reported, color="0.5", linestyle=":", linewidth=1.2, zorder=0)
@@ -105,7 +105,7 @@ def _legend(figure: Any, axes: Any, entries: Sequence[Entry]) -> None:
     figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9)
 
 
-def _reported(record: Mapping[str, Any], entries: Sequence[Entry]) -> int | None:
+def reported_iteration(record: Mapping[str, Any], entries: Sequence[Entry]) -> int | None:
     """The iteration that made the reported policy; rows of one policy may have two names."""
     rows, outcome = record["rows"], record["outcome"]
     reported = rows.get(outcome["reported"], {}).get("policy")

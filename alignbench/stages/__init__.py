@@ -6,6 +6,7 @@ from alignbench.stages.dualize import AVERAGE, COST, DUAL, GIVEN, PREDICT, SLACK
 from alignbench.stages.evaluate import EVALUATE
 from alignbench.stages.explore import BONUS, FEATURES, JOIN, TILT
 from alignbench.stages.files import FIT, READ, SELECT
+from alignbench.stages.geometry import GEOMETRY
 from alignbench.stages.judge import JUDGE, VERDICTS
 from alignbench.stages.listed import DRAW, LIST, LISTED_WORLD, LOOKUP, RATIO
 from alignbench.stages.measure import LOGPROBS, SAMPLE, SAMPLE_VLLM, SCORE
@@ -31,6 +32,7 @@ __all__ = [
     "EVALUATE",
     "FEATURES",
     "FIT",
+    "GEOMETRY",
     "GIVEN",
     "IMPLICIT",
     "JOIN",

@@ -15,10 +15,10 @@ from alignbench.engine.runtime import derive_seed
 from alignbench.errors import InvariantError
 from alignbench.jsonio import write_json, write_jsonl
 from alignbench.problem import Form, Problem, cost_from_utility, violation
-from alignbench.report.kl import k3, low_variance_kl
+from alignbench.report.kl import k3_kl, low_variance_kl
 from alignbench.report.stats import Estimate as Interval
 from alignbench.report.stats import cluster_bootstrap, paired_difference, wilson, win_rate
-from alignbench.report.tails import cell_rates, cvar_interval, quantile_interval
+from alignbench.report.tails import cell_rates, cvar_interval, quantile_interval, rate_interval
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register
 from alignbench.store import Artifact
 
@@ -116,14 +116,14 @@ def _evaluate(ctx: Context) -> None:
     metrics = {
         "kl": measure.mean(own - base),
         "length": measure.mean(policy.lengths),
-        "finished": measure.mean(policy.finished),
+        "finished": measure.rate(policy.finished),
     }
     if policy.scores:
         metrics |= measure.scores()
     ratios = own - base
     metrics |= {
-        "kl_k3": measure.mean(k3(ratios)),
-        "kl_low_variance": low_variance_kl(ratios, policy.prompts, level=ctx.spec.level),
+        "kl_k3": k3_kl(ratios, policy.prompts, **measure.options),
+        "kl_low_variance": low_variance_kl(ratios, policy.prompts, **measure.options),
         **measure.texts(),
     }
     result = {"metrics": {name: value.to_dict() for name, value in metrics.items()}}
@@ -163,9 +163,9 @@ class _Measure:
         for name, values in self.policy.scores.items():
             found[name] = self.mean(values)
             found[f"{name}_gain"] = self.gain(name)
-            found[f"{name}_win_rate"] = self.mean(win_rate(values, self.reference.scores[name]))
+            found[f"{name}_win_rate"] = self.rate(win_rate(values, self.reference.scores[name]))
         if "safety" in self.policy.scores:
-            found["unsafe_rate"] = self.mean(self.unsafe)
+            found["unsafe_rate"] = self.rate(self.unsafe)
             found["unsafe_prompt_rate"] = self.share_of_prompts(self.of_prompts(self.policy.scores["safety"]) < 0)
         for name, values in self.policy.scores.items():
             if name != "reward":
@@ -190,10 +190,9 @@ class _Measure:
         return found
 
     def rate(self, values: np.ndarray, where: np.ndarray | None = None) -> Interval:
-        """A rate that is often near 0, where resampled prompts would be all alike."""
-        kept = np.ones(len(values), bool) if where is None else where
-        prompts = self.policy.prompts[kept]
-        return cell_rates(values[kept], prompts, np.full(len(prompts), "all"), level=self.spec.level)["all"]
+        """A mean of numbers between 0 and 1; near these, resampled prompts would often be all alike."""
+        kept = slice(None) if where is None else where
+        return rate_interval(values[kept], self.policy.prompts[kept], level=self.spec.level)
 
     def share_of_prompts(self, holds: np.ndarray) -> Interval:
         """Share of prompts of which something holds; prompts are independent, so Wilson's interval is at home."""
@@ -304,4 +303,4 @@ def _estimate(
     return Estimate(Facts(rows=inputs["responses"].rows), overhead_seconds=1.5)
 
 
-EVALUATE = register(Stage("evaluate", 2, "evaluation", EvaluateSpec, _evaluate, _estimate))
+EVALUATE = register(Stage("evaluate", 3, "evaluation", EvaluateSpec, _evaluate, _estimate))

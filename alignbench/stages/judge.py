@@ -19,7 +19,15 @@ from alignbench.jsonio import write_json, write_jsonl
 from alignbench.judging import verdicts
 from alignbench.judging.asking import Answer, AnswerCache, Comparison, Question, questions
 from alignbench.judging.local import LocalClient, LocalJudge
-from alignbench.judging.protocols import POLICY_FIRST, Protocol, Reading, compared, find_protocol, read_probabilities
+from alignbench.judging.protocols import (
+    COLUMNS,
+    POLICY_FIRST,
+    Protocol,
+    Reading,
+    compared,
+    find_protocol,
+    read_probabilities,
+)
 from alignbench.judging.server import ServerClient, ServerJudge
 from alignbench.judging.settings import JudgeConfig
 from alignbench.models import policy as policies
@@ -28,8 +36,6 @@ from alignbench.store import Artifact
 
 log = logging.getLogger(__name__)
 
-#: Column of a scorer by criterion.
-COLUMNS = {"helpfulness": "reward", "safety": "safety"}
 #: Tokens of a question that a plan counts with: the task and two answers.
 _QUESTION_TOKENS = 700.0
 
@@ -314,4 +320,4 @@ def _verdicts_estimate(
     return Estimate(Facts(rows=inputs["judged"].rows), overhead_seconds=1.0)
 
 
-VERDICTS = register(Stage("verdicts", 1, "verdicts", VerdictsSpec, _verdicts, _verdicts_estimate))
+VERDICTS = register(Stage("verdicts", 2, "verdicts", VerdictsSpec, _verdicts, _verdicts_estimate))

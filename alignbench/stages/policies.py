@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from alignbench.architecture import parameter_count
 from alignbench.config import ArchitectureConfig, LoraConfig, TrainConfig
 from alignbench.engine.objectives import SftObjective
 from alignbench.engine.runtime import derive_seed
@@ -25,8 +26,6 @@ __all__ = [
     "MergeSpec",
     "PreferSpec",
     "SftSpec",
-    "lora_parameter_count",
-    "parameter_count",
 ]
 
 
@@ -41,28 +40,6 @@ class BaseSpec:
 
     architecture: ArchitectureConfig | None
     fingerprint: str | None
-
-
-def parameter_count(shape: ArchitectureConfig) -> float:
-    """Weights of a Llama-shaped model."""
-    head = shape.hidden_size // shape.heads
-    attention = shape.hidden_size * head * (2 * shape.heads + 2 * shape.kv_heads)
-    layer = attention + 3 * shape.hidden_size * shape.intermediate_size + 2 * shape.hidden_size
-    embeddings = shape.vocab_size * shape.hidden_size * (1 if shape.tied_embeddings else 2)
-    return float(shape.layers * layer + embeddings + shape.hidden_size)
-
-
-def lora_parameter_count(shape: ArchitectureConfig, lora: LoraConfig) -> float:
-    """Weights of the adapters, for Llama's module names; unknown names count as hidden x hidden."""
-    head = shape.hidden_size // shape.heads
-    sizes = {
-        "k_proj": shape.hidden_size + head * shape.kv_heads,
-        "v_proj": shape.hidden_size + head * shape.kv_heads,
-        "gate_proj": shape.hidden_size + shape.intermediate_size,
-        "up_proj": shape.hidden_size + shape.intermediate_size,
-        "down_proj": shape.hidden_size + shape.intermediate_size,
-    }
-    return float(sum(sizes.get(t, 2 * shape.hidden_size) for t in lora.targets) * lora.rank * shape.layers)
 
 
 def _base(ctx: Context) -> None:

@@ -78,7 +78,7 @@ def _scores(ctx: Context, role: str, name: str, count: int) -> np.ndarray:
 PROXY = register(
     Stage(
         "proxy",
-        1,
+        2,
         "proxy",
         ProxySpec,
         _proxy,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,11 +18,11 @@ from alignbench.data.templates import render_prompt
 from alignbench.data.tokenize import encode
 from alignbench.engine.batching import Row
 from alignbench.engine.logprobs import sequence_logprobs
-from alignbench.engine.runtime import derive_seed, device_of, dtype_of, peak_memory
+from alignbench.engine.runtime import device_of, dtype_of, peak_memory
 from alignbench.errors import DataError
 from alignbench.jsonio import write_json, write_jsonl
 from alignbench.models import policy as policies
-from alignbench.report.stats import cluster_bootstrap
+from alignbench.report.tails import rate_interval
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register, scoring_estimate
 from alignbench.stages.tokens import TokenSpec
 
@@ -40,7 +42,6 @@ class TruthfulQASpec:
         tokens: Template and lengths.
         dtype: Parameter dtype.
         level: Two-sided coverage.
-        resamples: Bootstrap draws of questions.
     """
 
     questions: str
@@ -49,7 +50,6 @@ class TruthfulQASpec:
     tokens: TokenSpec
     dtype: str
     level: float
-    resamples: int
 
 
 @dataclass(frozen=True)
@@ -139,6 +139,32 @@ def rows_of(tokenizer: Any, question: str, choices: Sequence[str], spec: Truthfu
     return found, cut
 
 
+def _tokenised(tokenizer: Any, where: Questions, spec: TruthfulQASpec) -> tuple[list[Any], list[list[Row]], int]:
+    """The questions; token rows of the choices of each one's MC1 and MC2, in turn; how many prompts were cut."""
+    questions, rows, cut = multiple_choice(read_rows(where.source)), [], 0
+    for question in questions:
+        for target in ("mc1_targets", "mc2_targets"):
+            found, lost = rows_of(tokenizer, question["question"], question[target]["choices"], spec)
+            rows.append(found)
+            cut += lost
+    return questions, rows, cut
+
+
+@cache
+def check_fit(folder: Path, where: Questions, spec: TruthfulQASpec) -> None:
+    """Refuse an answer that is longer than the policy, which every measurement would meet after the training.
+
+    Args:
+        folder: A model folder with the policies' tokenizer.
+        where: The questions.
+        spec: How they are asked.
+
+    Raises:
+        DataError: the first such answer.
+    """
+    _tokenised(policies.load_tokenizer(folder), where, spec)
+
+
 def _too_long(question: str, spec: TruthfulQASpec) -> DataError:
     return DataError(
         f"an answer to {question!r} does not fit into {spec.tokens.max_length} tokens",
@@ -151,35 +177,24 @@ def _run(ctx: Context) -> None:
     spec: TruthfulQASpec = ctx.spec
     started = time.perf_counter()
     where: Questions = ctx.runtime.locations["truthfulqa"]
-    questions = multiple_choice(read_rows(where.source))
     folder = ctx.inputs["policy"].path("policy")
     tokenizer, hardware = policies.load_tokenizer(folder), ctx.runtime.hardware
-    rows: list[Row] = []
-    sizes, cut = [], 0
-    for question in questions:
-        for target in ("mc1_targets", "mc2_targets"):
-            found, lost = rows_of(tokenizer, question["question"], question[target]["choices"], spec)
-            rows += found
-            sizes.append(len(found))
-            cut += lost
+    questions, by_task, cut = _tokenised(tokenizer, where, spec)
+    rows = [row for task in by_task for row in task]
     device = device_of(hardware)
     with peak_memory(ctx.cost, device):
         model = policies.load_policy(folder, dtype_of(hardware), device)
         logprobs = sequence_logprobs(
             model, rows, pad_id=policies.pad_id(tokenizer), hardware=hardware, device=device, label="truthfulqa"
         )
-    parts = np.split(logprobs, np.cumsum(sizes)[:-1])
+    parts = np.split(logprobs, np.cumsum([len(task) for task in by_task])[:-1])
     scores = {
         "mc1": [mc1(part, q["mc1_targets"]["labels"]) for part, q in zip(parts[::2], questions, strict=True)],
         "mc2": [mc2(part, q["mc2_targets"]["labels"]) for part, q in zip(parts[1::2], questions, strict=True)],
     }
-    options: Any = {
-        "level": spec.level,
-        "resamples": spec.resamples,
-        "seed": derive_seed(ctx.seed, "bootstrap"),
-    }
     metrics = {
-        name: cluster_bootstrap(values, np.arange(len(values)), **options).to_dict() for name, values in scores.items()
+        name: rate_interval(values, np.arange(len(values)), level=spec.level).to_dict()
+        for name, values in scores.items()
     }
     write_json(ctx.out / "metrics.json", {"metrics": metrics, "questions": len(questions), "cut_prompts": cut})
     write_jsonl(
@@ -204,4 +219,4 @@ def _estimate(
     )
 
 
-TRUTHFULQA = register(Stage("truthfulqa", 1, "benchmark", TruthfulQASpec, _run, _estimate, parallel=True))
+TRUTHFULQA = register(Stage("truthfulqa", 2, "benchmark", TruthfulQASpec, _run, _estimate, parallel=True))

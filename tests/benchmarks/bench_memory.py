@@ -82,8 +82,8 @@ def hardware_of(spec):
 def predicted(spec):
     """Bytes by the memory model, besides the constant."""
     from alignbench import memory
+    from alignbench.architecture import lora_parameter_count, parameter_count
     from alignbench.config import LoraConfig
-    from alignbench.stages.policies import lora_parameter_count, parameter_count
 
     shape, hardware = shape_of(spec["model"]), hardware_of(spec)
     weights = parameter_count(shape)

@@ -31,8 +31,8 @@ def jsonl(path, rows):
 
 def test_unknown_layouts_name_those_of_their_table(tmp_path):
     source = jsonl(tmp_path / "a.jsonl", [{"prompt": "a"}])
-    with pytest.raises(ConfigError, match="unknown layout 'hh' of prompts") as caught:
-        read_table(source, "prompts", layout="hh")
+    with pytest.raises(ConfigError, match="unknown layout 'messages' of prompts") as caught:
+        read_table(source, "prompts", layout="messages")
     assert "rows, advbench" in caught.value.mend
     assert {"hh", "truthfulqa", "chosen_rejected", "rows"} == set(layout_names("pairs"))
 
@@ -170,6 +170,10 @@ def test_the_harmless_test_split_as_published():
     dialogues = [row["prompt"] for row in kept if row["prompt"].startswith("\n\nHuman:")]
     assert all(turns_of(text)[-1][0] == "user" for text in dialogues)
     assert len(dialogues) > 1000
+    # the same dialogues as prompts, those with an empty answer among them
+    prompts, _ = read_table(source, "prompts", layout="hh", mode="lenient")
+    assert len(prompts) == 2312 - 5
+    assert {row["prompt"] for row in kept} <= {row["prompt"] for row in prompts}
 
 
 # --- TruthfulQA ---------------------------------------------------------------------------------------------
@@ -269,8 +273,9 @@ def test_judgement_faults(tmp_path):
     ]
     source = jsonl(tmp_path / "a.jsonl", rows)
     options = {"layout": "truthfulqa_judge", "labels": ["reward", "truthful"]}
-    with pytest.raises(DataError, match="one label only: 1 row"):
+    with pytest.raises(DataError, match="one label only: 1 row") as caught:
         read_table(source, "responses", **options)
+    assert "'both ways' is judged truthful and not truthful;" in str(caught.value)
     kept, report = read_table(source, "responses", mode="lenient", **options)
     assert [row["response"] for row in kept] == ["good"]
     assert report["source"]["dropped"] == {"inconsistent labels": 4, "one label only": 1, "no judgement": 2}
@@ -284,6 +289,7 @@ def test_the_answers_with_two_labels_as_published():
     )
     # 18,311 distinct answers; 67 of them are labelled both ways, 42 of the others are empty
     assert report["n_rows"] == 18_311 - 67
+    assert report["dropped"] == {"empty response": 42}
     assert len(rows) == 18_311 - 67 - 42
     assert len({row["prompt"] for row in rows}) == 817
     # an independent count
@@ -293,6 +299,11 @@ def test_the_answers_with_two_labels_as_published():
             row = json.loads(line)
             text = row["prompt"].rsplit("\n", 1)[0]
             seen.setdefault(text, {}).setdefault(label, set()).add(row["completion"].strip())
+    # the 67 are those of the truthful label and those of the informative one together
+    both = {label: {text for text, v in seen.items() if len(v[label]) > 1} for label in ("truthful", "reward")}
+    assert len(seen) == 18_311
+    assert [len(both["truthful"]), len(both["reward"]), len(both["truthful"] & both["reward"])] == [27, 49, 9]
+    assert len(both["truthful"] | both["reward"]) == 67
     clean = [v for text, v in seen.items() if all(len(x) == 1 for x in v.values()) and text.split("\nA: ", 1)[1]]
     expected = Counter((min(v["truthful"]) == "yes", min(v["reward"]) == "yes") for v in clean)
     found = Counter((row["scores"]["truthful"] == 1, row["scores"]["reward"] == 1) for row in rows)
@@ -313,6 +324,10 @@ def test_the_questions_as_published():
 # --- prompt sets --------------------------------------------------------------------------------------------
 
 PROMPT_SETS = {
+    "hh": (
+        {"chosen": dialogue("hi", "hello", "more?", "good"), "rejected": dialogue("hi", "hello", "more?", "bad")},
+        {"prompt": "\n\nHuman: hi\n\nAssistant: hello\n\nHuman: more?"},
+    ),
     "advbench": ({"goal": "g", "target": "Sure"}, {"prompt": "g"}),
     "alpaca_eval": (
         {"instruction": "i", "output": "o", "generator": "m", "dataset": "helpful_base"},

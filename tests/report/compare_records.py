@@ -58,6 +58,7 @@ def write_run(
         u: {
             "requested_margin": b,
             "achieved_margin": {"mean": safety, "low": safety - 0.1, "high": safety + 0.1},
+            "violation": {"mean": max(0.0, b - safety), "low": max(0.0, b - safety - 0.1), "high": b - safety + 0.1},
             "satisfied": safety >= b,
             "satisfied_with_confidence": safety - 0.1 >= b,
         }

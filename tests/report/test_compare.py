@@ -88,7 +88,8 @@ def test_feasibility_is_a_lower_bound(sweep: Path) -> None:
     assert slack is not None
     t = scipy_stats.t.ppf(0.95, [PROMPTS - 1, 2])
     parts = slack.parts
-    expected = slack.mean - math.sqrt(t[0] ** 2 * parts[0][0] + t[1] ** 2 * parts[1][0])
+    total = parts[0][0] + parts[1][0]
+    expected = slack.mean - math.sqrt(total) * t[0] ** (parts[0][0] / total) * t[1] ** (parts[1][0] / total)
     assert lower_bound(slack) == pytest.approx(expected)
 
 
@@ -434,7 +435,7 @@ def test_runs_without_scores_have_what_can_be_had(tmp_path: Path) -> None:
 def test_the_hypervolumes_interval_covers() -> None:
     """Three policies on a front, five seeds, 48 prompts; the true volume is that of the true means."""
     truth = np.array([[0.0, 1.0], [0.5, 0.6], [1.0, 0.0]])
-    corner, hits, runs = np.array([-0.5, -0.5]), 0, 500
+    corner, hits, runs = np.array([-0.5, -0.5]), 0, 1500
     exact = hypervolume(truth, corner)
     rng = np.random.default_rng(11)
     for _ in range(runs):
@@ -453,4 +454,4 @@ def test_the_hypervolumes_interval_covers() -> None:
             )  # fmt: skip
         found = volume(entries, ("reward", "safety"), corner)
         hits += found.low <= exact <= found.high
-    assert 0.925 <= hits / runs <= 0.975  # simulation error 1 point
+    assert 0.93 <= hits / runs <= 0.97  # simulation error 0.6 points

@@ -16,7 +16,7 @@ from alignbench.report.crossed import (
     cross,
     holm,
 )
-from alignbench.report.stats import NO_INTERVAL, NO_SPREAD, cluster_bootstrap
+from alignbench.report.stats import FEW_PROMPTS, NO_INTERVAL, NO_SPREAD, cluster_bootstrap
 
 
 def drawn(rng: np.random.Generator, seeds: int, prompts: int, spread: tuple[float, float, float]) -> np.ndarray:
@@ -43,7 +43,9 @@ def test_parts_are_the_mean_squares() -> None:
     assert found.between_seeds == pytest.approx(math.sqrt((of_seeds - of_rest) / 10))
     interval = found.interval(0.95)
     t9, t3 = scipy_stats.t.ppf(0.975, [9, 3])
-    assert interval.high - interval.mean == pytest.approx(math.sqrt(t9**2 * prompts + t3**2 * seeds))
+    share = prompts / (prompts + seeds)
+    expected = t9**share * t3 ** (1 - share) * math.sqrt(prompts + seeds)
+    assert interval.high - interval.mean == pytest.approx(expected)
     assert (interval.method, interval.clusters) == (CROSSED, 10)
 
 
@@ -59,11 +61,13 @@ def test_of_one_or_two_seeds_the_prompts_are_resampled() -> None:
 
 
 def test_what_has_no_interval() -> None:
-    alone = cross(np.array([[1.0], [2.0], [4.0]]))
-    assert alone.mean == pytest.approx(7 / 3)
-    assert math.isnan(alone.interval(0.95).low)
-    assert alone.interval(0.95).method == NO_INTERVAL
-    assert math.isnan(alone.p_value)
+    for prompts, why in ((1, NO_INTERVAL), (4, FEW_PROMPTS)):
+        for seeds in (1, 3):
+            alone = cross(np.tile(np.array([[1.0], [2.0], [4.0]])[:seeds], prompts) + np.arange(prompts))
+            assert alone.mean == pytest.approx(np.mean([1, 2, 4][:seeds]) + (prompts - 1) / 2)
+            assert math.isnan(alone.interval(0.95).low)
+            assert alone.interval(0.95).method == why
+            assert math.isnan(alone.p_value)
     for seeds in (1, 3):
         same = cross(np.full((seeds, 5), 0.1))
         assert (same.interval(0.95).low, same.interval(0.95).high) == (0.1, 0.1)
@@ -105,31 +109,66 @@ def test_bad_values_are_refused(values: np.ndarray) -> None:
         cross(values)
 
 
-SPREADS = [(0.0, 0.5, 0.7), (0.1, 0.5, 0.7), (0.3, 0.2, 0.7), (0.3, 0.7, 0.3)]
+SPREADS = [(0.0, 0.5, 0.7), (0.0, 0.2, 0.3), (0.1, 0.5, 0.7), (0.3, 0.2, 0.7), (0.3, 0.7, 0.3)]
 
 
-@pytest.mark.parametrize("seeds", [3, 5])
-@pytest.mark.parametrize("spread", SPREADS)
-def test_intervals_cover(seeds: int, spread: tuple[float, float, float]) -> None:
-    # standard error of the simulated coverage: 0.45 points; three seeds without any effect of theirs reach 97.4
-    rng = np.random.default_rng([seeds, *(int(100 * part) for part in spread)])
-    hits = 0
-    for _ in range(2400):
-        found = cross(drawn(rng, seeds, 48, spread)).interval(0.95)
-        hits += found.low <= 0.0 <= found.high
-    assert 0.93 <= hits / 2400 <= 0.98
+@pytest.mark.parametrize("seeds", [3, 4, 5])
+@pytest.mark.parametrize("prompts", [16, 64])
+def test_intervals_cover(seeds: int, prompts: int) -> None:
+    # standard error of each simulated coverage: 0.35 points
+    for spread in SPREADS:
+        rng = np.random.default_rng([seeds, prompts, *(int(100 * part) for part in spread)])
+        hits, runs = 0, 4000
+        for _ in range(runs):
+            found = cross(drawn(rng, seeds, prompts, spread))
+            hits += abs(found.mean) <= found.reach(T975[seeds - 1, prompts - 1].__getitem__)
+        assert 0.93 <= hits / runs <= 0.97, spread
+
+
+class _Quantiles(dict):  # Student's, each looked up once: scipy's own are the slow part of a simulation
+    def __missing__(self, key: tuple[int, ...]) -> dict[float, float]:
+        self[key] = {float(df): float(scipy_stats.t.ppf(0.975, df)) for df in key}
+        return self[key]
+
+
+T975 = _Quantiles()
+
+
+@pytest.mark.parametrize("kind", ["skewed", "heavy"])
+def test_intervals_of_skewed_and_heavy_tailed_values_cover(kind: str) -> None:
+    """Log-normal or Student's answers (5 degrees of freedom), prompts that differ exponentially, three seeds."""
+    rng, hits, runs = np.random.default_rng(21), 0, 4000
+    for _ in range(runs):
+        rest = rng.lognormal(size=(3, 64)) - math.exp(0.5) if kind == "skewed" else rng.standard_t(5, size=(3, 64))
+        x = 0.1 * rng.normal(size=(3, 1)) + rng.exponential(0.7, size=(1, 64)) - 0.7 + 0.5 * rest
+        found = cross(x)
+        hits += abs(found.mean) <= found.reach(T975[2, 63].__getitem__)
+    assert 0.93 <= hits / runs <= 0.97
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_intervals_of_one_and_two_seeds_cover_for_these_seeds(seeds: int) -> None:
+    """Their claim is about other prompts: the seeds' own effects are part of the truth."""
+    rng, hits, runs = np.random.default_rng(22), 0, 3000
+    for run in range(runs):
+        x = drawn(rng, seeds, 48, (0.0, 0.5, 0.7))
+        found = cross(x + rng.normal(size=(seeds, 1)))
+        truth = float((found.values - x).mean())
+        interval = found.interval(0.95, resamples=600, seed=run % 16)
+        hits += interval.low <= truth <= interval.high
+    assert 0.93 <= hits / runs <= 0.97
 
 
 def test_lower_bounds_hold_at_their_confidence() -> None:
     """'Feasible with confidence 95 %': the lower end at 90 % two-sided is above the truth in 5 % of the cases."""
-    rng = np.random.default_rng(4)
-    for seeds in (1, 5):
+    rng, runs = np.random.default_rng(4), 3000
+    for seeds in (1, 3, 5):
         held = 0
-        for _ in range(1000):
+        for run in range(runs):
             # of one seed the claim is about that seed: its own effect is part of the truth
             x = drawn(rng, seeds, 48, (0.0 if seeds == 1 else 0.15, 0.5, 0.7))
-            held += cross(x).interval(0.9, resamples=400).low <= 0.0
-        assert 0.93 <= held / 1000 <= 0.97
+            held += cross(x).interval(0.9, resamples=600, seed=run % 16).low <= 0.0
+        assert 0.93 <= held / runs <= 0.97
 
 
 def test_usual_hierarchical_bootstraps_would_not_cover() -> None:
@@ -150,10 +189,10 @@ def test_usual_hierarchical_bootstraps_would_not_cover() -> None:
 
 
 def test_all_pairs_hold_at_once() -> None:
-    rng, methods, hits, runs = np.random.default_rng(3), 4, 0, 700
+    rng, methods, hits, runs = np.random.default_rng(3), 4, 0, 2000
     for _ in range(runs):
         common = drawn(rng, 5, 48, (0.1, 0.5, 0.0))
         own = [common + drawn(rng, 5, 48, (0.1, 0.2, 0.7)) for _ in range(methods)]
         pairs = [cross(own[i] - own[j]) for i in range(methods) for j in range(i)]
         hits += all(abs(pair.mean) <= all_pairs_reach(pair, methods, 0.95) for pair in pairs)
-    assert 0.93 <= hits / runs <= 0.98
+    assert 0.93 <= hits / runs <= 0.97

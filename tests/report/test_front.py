@@ -2,6 +2,7 @@
 
 from itertools import combinations
 
+import moocore
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -46,11 +47,12 @@ def test_against_inclusion_and_exclusion(seed: int, n: int, m: int) -> None:
 
 @pytest.mark.parametrize(("n", "m"), [(40, 2), (25, 3), (15, 4), (12, 5)])
 def test_against_an_independent_library(n: int, m: int) -> None:
-    library = pytest.importorskip("optuna._hypervolume", reason="optuna keeps its hypervolume elsewhere")
     for seed in range(5):
         points = np.random.default_rng([n, m, seed]).uniform(size=(n, m))
-        theirs = library.compute_hypervolume(-points, np.full(m, 0.0))
+        theirs = moocore.hypervolume(points, ref=np.zeros(m), maximise=True)
         assert hypervolume(points, np.zeros(m)) == pytest.approx(theirs, abs=1e-6)
+        front = moocore.is_nondominated(points, maximise=True, keep_weakly=True)
+        assert on_front(points).tolist() == front.tolist()
 
 
 @settings(deadline=None, max_examples=40)

@@ -37,7 +37,7 @@ def contest(row, wins, losses, criterion="safety", artifact="", opponent="sft"):
     }  # fmt: skip
 
 
-def record(*contests, seed=0, judge="gold"):
+def record(*contests, seed=0, judge="gold", asked=0.2):
     names = dict.fromkeys(["sft", *(c["row"] for c in contests)])
     ratings = {
         criterion: rated(contests, criterion, level=0.95, resamples=200, seed=0, elo=False)
@@ -47,7 +47,11 @@ def record(*contests, seed=0, judge="gold"):
         "run_id": f"{judge}-{seed}",
         "seed": seed,
         "method": "sacpo",
-        "config": {"dataset": {"name": "handbook"}, "evaluate": {"level": 0.95}},
+        "config": {
+            "dataset": {"name": "handbook"},
+            "evaluate": {"level": 0.95},
+            "constraint": {"thresholds": [asked]},
+        },
         "outcome": {"reported": "sft"},
         "rows": {name: {"policy": f"{name}{seed}".ljust(12, "0")} for name in names},
         "judging": {

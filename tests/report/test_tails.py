@@ -4,17 +4,20 @@ import math
 
 import numpy as np
 import pytest
+from scipy import special as scipy_special
 from scipy import stats as scipy_stats
 
 from alignbench.errors import ConfigError, DataError
-from alignbench.report.stats import NO_INTERVAL, NO_SPREAD, Sample, cvar, wilson
+from alignbench.report.stats import FEW_PROMPTS, NO_INTERVAL, NO_SPREAD, Sample, cvar, wilson
 from alignbench.report.tails import (
+    CELL_METHOD,
     FEWEST_TAIL_PROMPTS,
     TOO_FEW,
     cell_rates,
     cvar_interval,
     intraclass_correlation,
     quantile_interval,
+    rate_interval,
 )
 
 ROWS = 4
@@ -119,6 +122,39 @@ def test_no_successes_still_leave_doubt() -> None:
     assert found.high > 0.2
 
 
+# ---------------------------------------------------------------- rates
+
+
+def test_a_rate_of_single_answers_is_wilsons_own() -> None:
+    safe = np.array([1.0, 1, 1, 0, 1, 0, 0, 1])
+    found, expected = rate_interval(safe, np.arange(8)), wilson(5, 8)
+    assert (found.low, found.mean, found.high) == pytest.approx((expected.low, expected.mean, expected.high))
+    assert (found.n, found.clusters, found.method) == (8, 8, CELL_METHOD)
+
+
+def test_ties_vary_less_than_coins_and_alike_answers_count_once() -> None:
+    prompts = np.repeat(np.arange(40), 4)
+    won = np.random.default_rng(3).integers(0, 2, size=160).astype(float)
+    tied = 0.25 + won / 2
+    wide, narrow = rate_interval(won, prompts), rate_interval(tied, prompts)
+    assert 0.4 < (narrow.high - narrow.low) / (wide.high - wide.low) < 0.6
+    alike = rate_interval(np.repeat(won[:40], 4), prompts)
+    assert alike.high - alike.low > 1.5 * (wide.high - wide.low)
+    same = rate_interval(np.ones(40), np.repeat(np.arange(10), 4))
+    assert (same.mean, same.high) == (1.0, 1.0)
+    assert same.low < 0.8, "ten prompts without a failure leave doubt"
+    nothing_known = rate_interval(np.full(40, 0.5), np.repeat(np.arange(10), 4))
+    assert nothing_known.low < 0.5 < nothing_known.high
+
+
+def test_what_is_no_rate_is_refused_and_few_prompts_have_no_interval() -> None:
+    with pytest.raises(DataError, match="1 of 3 values are outside"):
+        rate_interval([0.0, 1.5, 1.0], [0, 1, 2])
+    few = rate_interval([0.0, 0.5, 1.0], [0, 1, 2])
+    assert (few.mean, few.method) == (0.5, FEW_PROMPTS)
+    assert math.isnan(few.low)
+
+
 # ---------------------------------------------------------------- coverage
 
 
@@ -149,7 +185,7 @@ def test_tail_means_cover(shape: str, tail: float, prompts: int) -> None:
     draw, law = SHAPES[shape]
     truth = tail_mean(law, tail)
     share = covered(
-        draw, truth, 1000, 1, prompts, lambda v, of, run: cvar_interval(v, of, tail, resamples=200, seed=run)
+        draw, truth, 1000, 1, prompts, lambda v, of, run: cvar_interval(v, of, tail, resamples=200, seed=run % 4)
     )
     assert 0.93 <= share <= 0.97  # simulation error 0.7 points
 
@@ -166,12 +202,12 @@ def test_tail_intervals_cover_here_and_there() -> None:
     """The quick part of the two above."""
     truth = tail_mean(scipy_stats.norm(), 0.9)
     found = covered(
-        lambda z: z, truth, 400, 3, 96, lambda v, of, run: cvar_interval(v, of, 0.9, resamples=100, seed=run)
+        lambda z: z, truth, 1200, 3, 96, lambda v, of, run: cvar_interval(v, of, 0.9, resamples=100, seed=run % 4)
     )
-    assert 0.92 <= found <= 0.98
+    assert 0.93 <= found <= 0.97
     truth = scipy_stats.norm.ppf(0.9)
-    found = covered(lambda z: z, truth, 400, 4, 96, lambda v, of, run: quantile_interval(v, of, 0.9))
-    assert 0.92 <= found <= 0.98
+    found = covered(lambda z: z, truth, 1200, 4, 96, lambda v, of, run: quantile_interval(v, of, 0.9))
+    assert 0.93 <= found <= 0.97
 
 
 @pytest.mark.parametrize("rate", [0.5, 0.8, 0.95])
@@ -186,3 +222,23 @@ def test_cell_rates_cover(rate: float) -> None:
             found.low <= rate <= found.high for found in cell_rates((values < border).astype(float), of, cells).values()
         )
     assert 0.93 <= hits / (4 * runs) <= 0.97
+
+
+@pytest.mark.parametrize("prompts", [16, 64])
+@pytest.mark.parametrize("kind", ["hit", "win"])
+@pytest.mark.parametrize("rate", [0.5, 0.8, 0.9, 0.97])
+def test_rates_cover(rate: float, kind: str, prompts: int) -> None:
+    """Hits, and wins with as many ties as losses or more.
+
+    Counts are whole numbers, so coverage jumps with the rate (Brown, Cai and DasGupta 2001): its mean over the rates
+    nearby is what is meant. Simulation error 0.4 points.
+    """
+    rng, hits, runs = np.random.default_rng([prompts, int(100 * rate)]), 0, 3000
+    for _ in range(runs):
+        true = rng.uniform(rate - 0.02, rate + 0.02)
+        ties = 0.0 if kind == "hit" else 1.0 - true
+        edges = scipy_special.ndtri([true - ties / 2, true + ties / 2])
+        z, of = responses(rng, prompts)
+        found = rate_interval((z[:, None] < edges).mean(axis=1), of)
+        hits += found.low <= true <= found.high
+    assert 0.93 <= hits / runs <= 0.97

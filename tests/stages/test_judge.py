@@ -106,20 +106,49 @@ def test_a_biased_judge_is_found_out_by_gold(store, tmp_path):
     assert "agrees with gold" in (done.folder / "table.md").read_text()
 
 
-def test_all_against_all_and_one_artifact_for_what_is_asked_alike(store):
-    lab, _, _, _ = plan(store, STATED, "judge=gold")
+@pytest.mark.usefixtures("_short")
+def test_a_defined_scorer_judges_as_its_columns_do(store, tmp_path):
+    column = {"kind": "registered", "source": "short", "larger_is": "better"}
+    (tmp_path / "conf/scorers").mkdir(parents=True)
+    definition = json.dumps({"columns": {"reward": column, "safety": column}})
+    (tmp_path / "conf/scorers/mine.yaml").write_text(f"# @package scorers.mine\n{definition}")
+    mine = (f"hydra.searchpath=[file://{tmp_path}/conf]", "scorers=mine", "judge.scorer=mine")
+    found = [
+        contest(run(store, tmp_path / name, "judge=gold", "judge.samples_per_prompt=2", *judge), "sacpo", "safety")
+        for name, judge in (("registered", ["judge.scorer=short"]), ("defined", mine))
+    ]
+    registered, defined = ({key: one[key] for key in one if key not in ("artifact", "cost")} for one in found)
+    assert defined == registered
+    assert found[0]["artifact"] != found[1]["artifact"]
+
+
+def test_a_learned_judge_is_trained_and_assessed(store):
+    lab, _, _, _ = plan(store, STATED, "judge=gold", "judge.scorer=learned")
+    labels = {node.label: node for node in _planned(lab).nodes.values()}
+    judged = labels["judge sacpo against sft"]
+    trained = {labels["reward model learned for reward"].key, labels["cost model learned for safety"].key}
+    assert trained <= {node.key for node in judged.inputs["scores"].inputs.values()}
+    assert {"assess learned", "learned against gold: sacpo"} <= set(labels)
+
+
+def _planned(lab):
     from alignbench.run import planned
 
-    whole = planned(lab.config, _settings(lab), lab.store, lab.tracker)
+    return planned(lab.config, _settings(lab), lab.store, lab.tracker)
+
+
+def test_all_against_all_and_one_artifact_for_what_is_asked_alike(store):
+    lab, _, _, _ = plan(store, STATED, "judge=gold")
+    whole = _planned(lab)
     labels = [node.label for node in whole.nodes.values() if node.stage.name == "judge"]
     assert labels == ["judge step reward against sft", "judge sacpo against sft"]
     lab.config.judge.opponents = "all"
-    every = planned(lab.config, _settings(lab), lab.store, lab.tracker)
+    every = _planned(lab)
     assert [node.label for node in every.nodes.values() if node.stage.name == "judge"] == [
         "judge step reward against sft", "judge sacpo against sft", "judge sacpo against step reward",
     ]  # fmt: skip
     lab.config.judge.protocol = "caid"  # a scorer reads no words: only what a tie counts changes
-    other = planned(lab.config, _settings(lab), lab.store, lab.tracker)
+    other = _planned(lab)
     for name, same in (("judge", True), ("verdicts", False)):
         keys = [{key for key, node in one.nodes.items() if node.stage.name == name} for one in (every, other)]
         assert (keys[0] == keys[1]) is same

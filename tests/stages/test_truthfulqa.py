@@ -10,11 +10,13 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_runs import STATED, TINY, compose, run
 
 from alignbench.data.published import multiple_choice
 from alignbench.data.readers import Source, read_rows
 from alignbench.errors import DataError
 from alignbench.jsonio import read_json, read_jsonl
+from alignbench.run import execute
 from alignbench.stages import TRUTHFULQA, Context, Runtime
 from alignbench.stages.tokens import TokenSpec
 from alignbench.stages.truthfulqa import Questions, TruthfulQASpec, mc1, mc2, rows_of
@@ -127,6 +129,30 @@ def test_a_preamble_stands_before_the_question_and_loses_its_beginning_first():
 def test_an_answer_that_does_not_fit_is_told(form):
     with pytest.raises(DataError, match=r"does not fit into 4 tokens"):
         rows_of(tiny.tokenizer(), "Why?", ["zyx" * 20], spec(form, max_length=4, max_prompt_length=2))
+
+
+def test_an_answer_that_does_not_fit_is_told_before_anything_trains(tmp_path):
+    """By a run and by its plan; the tokenizer alone has been read, or made, by then."""
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps(ROWS[1] | {"best_answer": "Yes " * 90}) + "\n")
+    asked = (STATED, "benchmark=truthfulqa", f"benchmark.path={file}")
+    store = tmp_path / "store"
+    with pytest.raises(DataError, match=r"'Is the dog lazy\?' does not fit into 112 tokens"):
+        run(store, tmp_path / "out", *asked)
+    built = [read_json(path)["stage"] for path in store.glob("artifacts/*/manifest.json")]
+    assert sorted(built) == ["base", "world"]
+    # of a model that is brought in the plan knows
+    tiny.save(tiny.llama(max_positions=128), tmp_path / "model")
+    brought = (f"model.path={tmp_path}/model", "plan=true")
+    with pytest.raises(DataError, match="does not fit into 112 tokens"):
+        execute(compose(*TINY, *asked, *brought, f"store_dir={tmp_path}/none", f"output_dir={tmp_path}/out"))
+
+
+def test_other_rows_are_no_questions(tmp_path):
+    file = tmp_path / "questions.jsonl"
+    file.write_text(json.dumps(ROWS[0]) + "\n" + json.dumps({"prompt": "p"}) + "\n")
+    with pytest.raises(DataError, match=r"row 2 has neither the CSV's columns nor the hub's; it has \['prompt'\]"):
+        multiple_choice(read_rows(Source(path=str(file))))
 
 
 def test_a_preamble_that_is_not_there(tmp_path):
