@@ -228,6 +228,7 @@ def csv_text(table: PublishedTable, found: Found, of: Published) -> str:
                 | {"certainty": number.certainty, "source": f"{of.papers[table.paper].version}, {number.source}"}
                 | {"scale": "paper"}
             )
+    used = measures_of(table, found.lines)
     for line in found.lines:
         about = {
             "table": table.name,
@@ -239,7 +240,7 @@ def csv_text(table: PublishedTable, found: Found, of: Published) -> str:
             "seeds": " ".join(map(str, line.records)),
             "missing_seeds": " ".join(map(str, line.missing)),
         }
-        for name, measure in measures_of(table, found.lines).items():
+        for name, measure in used.items():
             cell = _cell(line, measure)
             if isinstance(cell, Value):
                 e = cell.estimate.to_dict()
