@@ -188,8 +188,7 @@ def _duplicate(found: dict[str, tuple[Path, Record]], record: Record, path: Path
     """Keep one of two records of one run: the newer, where their numbers differ."""
     kept_path, kept = found[record["run_id"]]
     # one run, whichever presets asked for it
-    asked = {*(kept.get("experiments") or ()), *(record.get("experiments") or ())}
-    kept["experiments"] = record["experiments"] = sorted(asked)
+    kept["experiments"] = record["experiments"] = sorted({*experiments_of(kept), *experiments_of(record)})
     if record["rows"] == kept["rows"]:
         return f"counted once: {name} is a copy of {kept_path.parent.name}"
     newer = str(record.get("created", "")) > str(kept.get("created", ""))
@@ -238,6 +237,12 @@ def per_prompt(record: Record, folder: Path) -> tuple[Table | None, str]:
         columns = {key: np.array([row[key] for row in rows]) for key in rows[0] if key != "row"}
         found[name] = columns
     return found, ""
+
+
+def experiments_of(record: Mapping[str, Any]) -> list[str]:
+    """The presets that asked for a run; none where the record does not say."""
+    found = record.get("experiments")
+    return [str(name) for name in found] if isinstance(found, list) else []
 
 
 def training_curves(record: Record, folder: Path) -> tuple[dict[str, list[dict[str, float]]] | None, str]:
