@@ -363,10 +363,11 @@ def test_intervals_cover():
         for interval in intervals:
             (low, high), (least, most) = interval.multipliers["g0"], interval.margins["g0"]
             inside[interval.method] += [low <= truth <= high, least <= attained <= most]
-    # simulation error: 0.5 points, and 0.9 of the bootstrap
-    for method, count in (("delta", runs), ("bootstrap", resampled)):
-        assert (inside[method] / count >= 0.93).all(), (method, inside[method] / count)
-        assert (inside[method] / count <= 0.97).all(), (method, inside[method] / count)
+    assert (inside["delta"] / runs >= 0.93).all(), inside
+    assert (inside["delta"] / runs <= 0.97).all(), inside
+    # so few runs have an error of 1.1 points at 93 %: more would take minutes
+    assert (inside["bootstrap"] / resampled >= 0.93 - 0.011).all(), inside
+    assert (inside["bootstrap"] / resampled <= 0.97 + 0.011).all(), inside
 
 
 def test_bootstrap_agrees_with_delta():
