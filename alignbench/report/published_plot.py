@@ -20,6 +20,7 @@ class _Point:
     series: str
     x: Mapping[str, Any]
     y: Mapping[str, Any]
+    label: str
     ours: bool
 
 
@@ -39,8 +40,8 @@ def picture(table: PublishedTable, lines: Sequence[Line], path: Path) -> bool:
         return False
     measures = {axis: _measure(table, name, lines) for axis, name in (("x", asked.x), ("y", asked.y))}
     theirs = _theirs(table, asked)
-    same = [point for line in lines if line.run.as_published for point in _ours(line, asked, measures)]
-    other = [point for line in lines if not line.run.as_published for point in _ours(line, asked, measures)]
+    same = [point for line in lines if line.run.as_published for point in _ours(table, line, measures)]
+    other = [point for line in lines if not line.run.as_published for point in _ours(table, line, measures)]
     panels = [(f"{table.paper.upper().replace('_', '-')}, {table.source}", theirs + same, True)]
     if other:
         scales = {line.run.scale for line in lines if not line.run.as_published}
@@ -71,8 +72,9 @@ def picture(table: PublishedTable, lines: Sequence[Line], path: Path) -> bool:
         panel.spines[["top", "right"]].set_visible(False)
     if asked.by:
         figure.legend(handles.values(), handles, loc="outside right center", frameon=False, fontsize=8)
-    note = "; filled: ours" if same else ""
-    figure.suptitle(table.title + note, fontsize=11)
+    told = _told(table, asked)
+    words = [table.title, *([f"labels: {', '.join(told)}"] if told else []), *(["filled: ours"] if same else [])]
+    figure.suptitle("; ".join(words), fontsize=11)
     save(figure, path)
     return True
 
@@ -84,8 +86,14 @@ def _theirs(table: PublishedTable, asked: Picture) -> list[_Point]:
         values |= dict(zip([column.name for column in table.columns], row.cells, strict=True))
         x, y = (_as_value(values[name]) for name in (asked.x, asked.y))
         if x is not None and y is not None:
-            found.append(_Point(str(values[asked.by]) if asked.by else "", x, y, ours=False))
+            told = [str(getattr(values[key], "text", values[key])) for key in _told(table, asked) if values[key]]
+            found.append(_Point(str(values[asked.by]) if asked.by else "", x, y, ", ".join(told), ours=False))
     return found
+
+
+def _told(table: PublishedTable, asked: Picture) -> list[str]:
+    """Keys that neither an axis nor the colour tells: they stand beside the points."""
+    return [key for key in table.keys if key not in (asked.x, asked.by)] if not asked.identity else []
 
 
 def _as_value(number: Any) -> dict[str, Any] | None:
@@ -102,18 +110,19 @@ def _as_value(number: Any) -> dict[str, Any] | None:
     return _NOTHING | {"mean": float(number)} if isinstance(number, float) else None
 
 
-def _ours(line: Line, asked: Picture, measures: Mapping[str, str]) -> list[_Point]:
-    own = dict(line.run.own)
-    values = []
+def _ours(table: PublishedTable, line: Line, measures: Mapping[str, str]) -> list[_Point]:
+    own, asked = dict(line.run.own), table.picture
+    assert asked is not None
+    ends: list[Mapping[str, Any] | None] = []
     for axis, name in (("x", asked.x), ("y", asked.y)):
         measured = line.measured(measures[axis]) if measures[axis] else None
-        values.append(_NOTHING | {"mean": own[name]} if name in own else measured)
-    if any(value is None for value in values):
+        ends.append(_NOTHING | {"mean": own[name]} if name in own else measured)
+    x, y = ends
+    if x is None or y is None:
         return []
-    x, y = values
-    assert x is not None
-    assert y is not None
-    return [_Point(str(line.keys.get(asked.by)) if asked.by else "", x, y, ours=True)]
+    values = [own.get(key, line.keys.get(key)) for key in _told(table, asked)]
+    label = ", ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values if value is not None)
+    return [_Point(str(line.keys.get(asked.by)) if asked.by else "", x, y, label, ours=True)]
 
 
 def _measure(table: PublishedTable, name: str, lines: Sequence[Line]) -> str:
@@ -126,6 +135,10 @@ def _measure(table: PublishedTable, name: str, lines: Sequence[Line]) -> str:
 
 def _draw(panel: Any, point: _Point, index: int, *, both: bool) -> Any:
     marker, colour = style(index)
+    panel.annotate(
+        point.label, (point.x["mean"], point.y["mean"]), xytext=(5, 4), textcoords="offset points", fontsize=7,
+        color="0.35",
+    )  # fmt: skip
     return panel.errorbar(
         point.x["mean"],
         point.y["mean"],
@@ -148,6 +161,7 @@ def _identity(panel: Any) -> None:
     high = min(panel.get_xlim()[1], panel.get_ylim()[1])
     if low < high:
         panel.plot([low, high], [low, high], color="0.6", linestyle="--", linewidth=1, zorder=0)
+        panel.annotate("equal", (low, low), xytext=(4, -6), textcoords="offset points", fontsize=7, color="0.4")
 
 
 def _own_label(name: str, measure: str, lines: Sequence[Line]) -> str:

@@ -8,7 +8,8 @@ What a run was asked for besides its preset is found by comparing configurations
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import PurePath
@@ -19,13 +20,14 @@ from omegaconf import OmegaConf
 from alignbench.config import recorded
 from alignbench.record import portable
 from alignbench.report.published import Ours, PublishedTable, Row, same_key
-from alignbench.report.runs import Record, number
+from alignbench.report.runs import Record, experiments_of, number
 from alignbench.report.thresholds import multiplier_of, over_seeds, predicted_margin, settings_of
 
 Measured = Mapping[str, Any]
 #: What a user must state to run a preset at all.
-_TO_BE_GIVEN = ("revision", "sha256")
+_TO_BE_GIVEN = ("revision",)
 _SHARES = ("win", "judged")
+_GROUPS = ("method", "model", "dataset", "constraint", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -121,14 +123,14 @@ def find(table: PublishedTable, records: Sequence[Record]) -> Found:
     notes: list[str] = []
     for ours in table.ours:
         for record in records:
-            if ours.experiment in (record.get("experiments") or ()):
+            if ours.experiment not in experiments_of(record):
+                continue
+            if lacking := [group for group in _GROUPS if not isinstance(record["config"].get(group), Mapping)]:
+                notes.append(f"left out: {record['run_id']}: no {', '.join(lacking)} in its configuration")
+            else:
                 for run, keys in _places(ours, record):
                     seeds = groups.setdefault((run, tuple(sorted(keys.items(), key=str))), {})
-                    if record["seed"] in seeds:
-                        notes.append(
-                            f"seed {record['seed']} of {run} stands in two runs: {record['run_id']} is left out"
-                        )
-                    seeds.setdefault(record["seed"], record)
+                    seeds[record["seed"]] = _newer(seeds.get(record["seed"]), record, run, notes)
     every: dict[str, set[int]] = {}
     for (run, _), seeds in groups.items():
         every.setdefault(run.scale, set()).update(seeds)
@@ -141,6 +143,17 @@ def find(table: PublishedTable, records: Sequence[Record]) -> Found:
     lines.sort(key=lambda line: (line.row is None, 0 if line.row is None else order.index(id(line.row)), str(line.run)))
     there = {line.run.experiment for line in lines}
     return Found(lines, [ours.experiment for ours in table.ours if ours.experiment not in there], notes)
+
+
+def _newer(there: Record | None, record: Record, run: Run, notes: list[str]) -> Record:
+    """Of two records of one seed the newer, and a note."""
+    if there is None:
+        return record
+    older, newer = sorted((there, record), key=lambda one: str(one.get("created", "")))
+    notes.append(
+        f"seed {record['seed']} of {run} stands in two runs: {newer['run_id']} is used, {older['run_id']} left out"
+    )
+    return newer
 
 
 def _places(ours: Ours, record: Record) -> Iterable[tuple[Run, dict[str, Any]]]:
@@ -158,12 +171,12 @@ def _places(ours: Ours, record: Record) -> Iterable[tuple[Run, dict[str, Any]]]:
         if key in ours.where and not same_key(ours.where[key], stated):
             return
         if key in ours.grid:
-            values += _list(given)
-            of_key = dict(zip(ours.grid[key], _list(given), strict=True))
-            own |= {name: float(value) for name, value in of_key.items()}
+            names, had = ours.grid[key], [value for value in _list(given) if isinstance(value, int | float)]
+            values += had
+            own |= dict(zip(names, map(float, had), strict=False))
             # beside no row where the paper has no such point
-            keys |= dict(zip(ours.grid[key], _list(stated) if at is not None else ["-"] * len(of_key), strict=True))
-    changed = _changed(record, base, grid)
+            keys |= dict(zip(names, ["-"] * len(names) if at is None else _list(stated), strict=True))
+    changed = _changed(record, base, {*ours.grid, *ours.where})
     for policy, further in ours.rows.items() if ours.rows else [(str(record["outcome"]["reported"]), {})]:
         if policy in record["rows"]:
             yield Run(ours.experiment, scale, changed, tuple(values), tuple(own.items()), policy), keys | dict(further)
@@ -179,14 +192,14 @@ def preset(experiment: str, scale: str) -> tuple[dict[str, Any], dict[str, list[
     return portable(recorded(config)), grid, paper
 
 
-def _changed(record: Record, base: Mapping[str, Any], grid: Mapping[str, Any]) -> tuple[str, ...]:
-    """Settings in which a record is not its preset; thresholds too, unless they are the grid."""
+def _changed(record: Record, base: Mapping[str, Any], told: Collection[str]) -> tuple[str, ...]:
+    """Settings in which a record is not its preset, but for those that its place in the table tells."""
     of_preset, own = settings_of({"config": base}), settings_of(record)
     for flat, config in ((of_preset, base), (own, record["config"])):
         flat["constraint.thresholds"] = json.dumps(config["constraint"]["thresholds"])
     found = []
     for key in sorted(of_preset.keys() & own.keys()):
-        if key in grid or key.rpartition(".")[2] in _TO_BE_GIVEN:
+        if key in told or key.rpartition(".")[2] in _TO_BE_GIVEN:
             continue
         stated, given = (json.loads(flat[key]) for flat in (of_preset, own))
         if key.endswith(".path"):  # the hub's name, or a folder of that name
@@ -225,21 +238,35 @@ def _measured(record: Record, policy: str, measure: str) -> Measured | None:
         name = utilities[int(what) - 1]
     found: Measured | None
     if kind == "gain":
-        found = row["metrics"].get(f"{name}_gain")
+        found = row.get("metrics", {}).get(f"{name}_gain")
     elif kind == "win":
-        found = row["metrics"].get(f"{name}_win_rate")
+        found = row.get("metrics", {}).get(f"{name}_win_rate")
     elif kind == "margin":
         found = row.get("constraints", {}).get(name, {}).get("achieved_margin")
     elif kind == "predicted":
         found = predicted_margin(row, name)
     elif kind == "lambda":
-        found = multiplier_of(record, row, name)
+        found = _with_interval(multiplier_of(record, row, name), record, name)
     elif kind == "judged":
         found = _contest(record, policy, what)
     else:  # rating
         ratings = (record.get("judging") or {}).get("ratings", {})
         found = ratings.get(what, {}).get("bradley_terry", {}).get(policy)
     return found
+
+
+def _with_interval(multiplier: Measured | None, record: Record, utility: str) -> Measured | None:
+    """A multiplier that is the dual's solution, with the dual's bootstrap interval."""
+    dual = (record["outcome"].get("diagnostics") or {}).get("dual") or {}
+    solution, intervals = dual.get("solution"), (dual.get("intervals") or {}).get("bootstrap")
+    if multiplier is None or not solution or not intervals or utility not in solution["names"]:
+        return multiplier
+    solved = solution["multipliers"][solution["names"].index(utility)]
+    if not math.isclose(solved, multiplier["mean"], rel_tol=1e-6):
+        return multiplier  # stated, or stepped to since
+    low, high = intervals["multipliers"][utility]
+    clusters = {"clusters": dual.get("prompts"), "n": dual.get("responses")}
+    return {**multiplier, "low": low, "high": high, "level": intervals["level"], "method": "bootstrap"} | clusters
 
 
 def _contest(record: Record, policy: str, criterion: str) -> Measured | None:

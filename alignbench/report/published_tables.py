@@ -64,6 +64,11 @@ def section_of(table: PublishedTable, found: Found, of: Published) -> Section:
         notes=[
             *notes,
             *(f"{name} = {described(measure, found.lines)}" for name, measure in used.items()),
+            *(
+                ["(!): the interval may be too short"]
+                if any("(!)" in str(cell) for line in lines for cell in line)
+                else []
+            ),
             *(text for line in found.lines for name, measure in used.items() if (text := line.gap(name, measure))),
         ],
     )
@@ -183,8 +188,8 @@ def _scales(lines: Sequence[Line]) -> list[str]:
     notes: dict[str, None] = {}
     for line in lines:
         record = next(iter(line.records.values()))
-        config, reported = record["config"], record["rows"][line.run.policy]["metrics"]
-        prompts = next((m["clusters"] for m in reported.values() if m.get("clusters")), "?")
+        config, reported = record["config"], record["rows"][line.run.policy].get("metrics", {})
+        prompts = next((m["clusters"] for m in reported.values() if m and m.get("clusters")), "?")
         samples = config["evaluate"].get("samples_per_prompt", "?")
         where = "at the paper's scale" if line.run.scale == "paper" else "embedded twin, on a CPU-sized world"
         text = (
@@ -228,6 +233,7 @@ def csv_text(table: PublishedTable, found: Found, of: Published) -> str:
                 | {"certainty": number.certainty, "source": f"{of.papers[table.paper].version}, {number.source}"}
                 | {"scale": "paper"}
             )
+    used = measures_of(table, found.lines)
     for line in found.lines:
         about = {
             "table": table.name,
@@ -239,7 +245,7 @@ def csv_text(table: PublishedTable, found: Found, of: Published) -> str:
             "seeds": " ".join(map(str, line.records)),
             "missing_seeds": " ".join(map(str, line.missing)),
         }
-        for name, measure in measures_of(table, found.lines).items():
+        for name, measure in used.items():
             cell = _cell(line, measure)
             if isinstance(cell, Value):
                 e = cell.estimate.to_dict()

@@ -114,6 +114,32 @@ def test_can_s_tables_are_the_documents(documents: str) -> None:
     assert sorted(cells) == sorted(shown)
 
 
+@pytest.mark.parametrize(
+    ("name", "after", "until", "pattern"),
+    [
+        ("can/figure3_scores", "**Fig. 3 left", "**Fig. 3 middle", r"\((-?[.\d]+),(-?[.\d]+)\)"),
+        ("can/pecan_dual", "PeCAN dual (1604", "So the paper's", r"([.\d]+) (\d*\.\d+)[;.](?=\s)"),
+        ("caid/figure1", "Single-objective DPO baselines", "Figure 3", r"help (-?[.\d]+), safety (-?[.\d]+)\)"),
+        ("caid/figure3", "Figure 3 (optimal lambda", "Too few", r"(\d+): (\d\.\d+)"),
+        ("caid/figure5", "Figure 5 (help", "AdvBench", r"(\d) \((\d\.\d+), (\d\.\d+)\)"),
+        ("caid/figure6", "AdvBench, Figure 6", "Observation", r"(\d) \((\d\.\d+), (?:about )?(\d\.\d+)\)"),
+    ],
+)
+def test_figures_are_the_documents(name: str, after: str, until: str, pattern: str, documents: str) -> None:
+    rest = documents[documents.index(after) :]
+    text = rest[: rest.index(until)].replace("b=", "")
+    theirs = [tuple(map(float, found)) for found in re.findall(pattern, text)]
+    ours = []
+    for row in of(name).rows:
+        if all(cell.certainty != "inferred" for cell in row.cells):
+            keys = [key for key in row.keys if isinstance(key, float)] if len(theirs[0]) > len(row.cells) else []
+            ours.append((*keys, *(stated(cell)[0] for cell in row.cells)))
+    assert ours == theirs
+    assert len(ours) == {"can/figure3_scores": 11, "can/pecan_dual": 20, "caid/figure1": 2, "caid/figure3": 10}.get(
+        name, 7
+    )
+
+
 # ---------------------------------------------------------------- against itself
 
 

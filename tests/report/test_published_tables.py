@@ -138,6 +138,26 @@ def test_what_the_paper_has_not_stands_below() -> None:
     assert len(made.lines) == 10
 
 
+@pytest.mark.parametrize(
+    ("experiment", "key", "given"),
+    [("can/table4_mocan", "constraint.thresholds", [0.1, 0.0]), ("can/figure3_mocan", "method.multipliers", None)],
+)
+def test_a_grid_s_value_of_another_shape_is_beside_no_row(experiment: str, key: str, given: Any) -> None:
+    one = record(experiment)
+    group, name = key.split(".")
+    one["config"][group][name] = given
+    table = "can/table4" if "table4" in experiment else "can/figure3_scores"
+    (line,) = lines(table, one)
+    assert line.row is None
+
+
+def test_a_grid_s_key_that_the_table_has_not_is_told_when_changed() -> None:
+    one = record("sacpo/table3_safe_first")
+    assert lines("sacpo/table3", one)[0].run.changed == ()
+    one["config"]["method"]["beta_over_lambda"] = [0.3]
+    assert lines("sacpo/table3", one)[0].run.changed == ("method.beta_over_lambda=[0.3]",)
+
+
 def test_a_method_that_the_paper_did_not_run_stands_below() -> None:
     made = section("caid/table4", record("caid/table4_pecaid"))
     assert [str(cell) for cell in made.lines[-1][:4]] == ["PeCAID", "-", "-", "-"]
@@ -167,13 +187,28 @@ def test_a_metric_that_is_no_number_for_one_seed_is_shown_for_none() -> None:
     assert told(made, "no number of ours: achieved for seed 1, so none is shown for the others")
 
 
+def test_a_multiplier_that_the_dual_solved_has_the_dual_s_interval() -> None:
+    one = record("can/figure1_dual", point=0)
+    one["outcome"]["diagnostics"] = {
+        "dual": {
+            "prompts": 400,
+            "responses": 25600,
+            "solution": {"names": ["safety"], "multipliers": [0.7]},
+            "intervals": {"bootstrap": {"level": 0.95, "multipliers": {"safety": [0.6, 0.85]}}},
+        }
+    }
+    assert cells(section("can/figure1", one), "0.5")["ours: lambda*"] == "0.700 [0.600, 0.850]"
+    one["rows"]["sft"]["multipliers"]["safety"] = 0.9  # another than the dual's: stepped to, or stated
+    assert cells(section("can/figure1", one), "0.5")["ours: lambda*"] == "0.900"
+
+
 def test_one_seed_in_two_runs_is_counted_once_and_told() -> None:
     found = find(
         published().table("can/table4"),
-        [record("can/table4_mocan"), record("can/table4_mocan", run_id="again", mean=0.9)],
+        [record("can/table4_mocan", run_id="later", created="2026-02-01"), record("can/table4_mocan", run_id="first")],
     )
-    assert [len(line.records) for line in found.lines] == [1]
-    assert found.notes == ["seed 0 of table4_mocan: twin, 0.1 stands in two runs: again is left out"]
+    assert [line.records[0]["run_id"] for line in found.lines] == ["later"]
+    assert found.notes == ["seed 0 of table4_mocan: twin, 0.1 stands in two runs: later is used, first left out"]
 
 
 # ---------------------------------------------------------------- scales
@@ -343,6 +378,14 @@ def test_what_cannot_be_reported(
     assert main(["published", *given, "--out", str(tmp_path / "out")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_record_without_its_configuration_is_left_out_and_told() -> None:
+    one = record("can/table4_mocan")
+    del one["config"]["constraint"], one["config"]["model"]
+    found = find(published().table("can/table4"), [one, record("can/table4_mocan", experiments="can/table4_mocan")])
+    assert found.lines == []
+    assert found.notes == [f"left out: {one['run_id']}: no model, constraint in its configuration"]
 
 
 def test_records_of_no_preset_are_counted_and_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
