@@ -52,7 +52,7 @@ class SweepTable(Callback):
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         """Name the multirun; nothing is written before a job has ended."""
         self._folder = Path(str(config.hydra.sweep.dir)).resolve() / _name(config)
-        self._store = Path(str(config.store_dir)).resolve()
+        self._store = Path(OmegaConf.select(config, "store_dir", default="store")).resolve()
         self._jobs = _expected(config)
         retried = OmegaConf.select(config, "hydra.sweeper.of", default=None)
         if retried is not None and Path(retried).is_file():  # its sweeper refuses what is no sweep.json

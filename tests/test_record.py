@@ -5,19 +5,47 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 from tiny_runs import STATED, TOP, Run, run, shared_tiny
 
 from alignbench import __version__
-from alignbench.record import SCHEMA, git_commit, portable, read_records, write_record
-from alignbench.report.runs import collect, per_prompt
+from alignbench.record import SCHEMA, git_commit, portable, read_records, write_record, write_training
+from alignbench.report.runs import collect, per_prompt, training_curves
 from alignbench.store import Store
 
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return shared_tiny(tmp_path_factory)
+
+
+def test_training_curves_lie_beside_it(tiny: Run) -> None:
+    curves, fault = training_curves(tiny.record, tiny.folder)
+    assert fault == ""
+    assert curves is not None
+    assert list(curves) == ["sft", "prefer reward", "prefer reward -> safety"]
+    for stage, rows in curves.items():  # short ones are whole
+        assert rows == tiny.artifact(stage).jsonl("log.jsonl")
+
+
+def test_a_long_curve_is_thinned_but_keeps_its_end_and_what_was_validated(tmp_path: Path) -> None:
+    log = [{"step": float(t), "loss": 1.0 / t} | ({"validation_loss": 0.5} if t == 333 else {}) for t in range(1, 1002)]
+
+    class Result:
+        manifest: ClassVar = {"files": ["log.jsonl"]}
+
+        def jsonl(self, _: str) -> list[dict[str, float]]:
+            return log
+
+    node = SimpleNamespace(label="sft", result=Result())
+    record = {"training": write_training(tmp_path, {"k": node})}  # type: ignore[dict-item]
+    curves, _ = training_curves(record, tmp_path)
+    assert curves is not None
+    steps = [row["step"] for row in curves["sft"]]
+    assert steps == sorted({*map(float, range(5, 1002, 5)), 333.0, 1001.0})
 
 
 def test_what_is_in_it(tiny: Run) -> None:

@@ -105,7 +105,7 @@ def _exact(which: str, arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     base = options.out or options.folder / which
     report = {"certificates": certificates.report, "rounds": rounds.report}[which]
-    report(_read(options.folder), options.split, base, _console())
+    report(_read(options.folder, thresholds=True), options.split, base, _console())
     _say_where(base)
 
 
@@ -116,7 +116,7 @@ def _compare(arguments: list[str]) -> None:
         "--corner", type=_numbers, help="reference point of the hypervolume (default: the smallest means)"
     )
     options = parser.parse_args(arguments)
-    runs = collect(options.folder)
+    runs = collect(options.folder, measured=True)
     groups = groups_of(runs)
     if not groups:
         raise DataError(
@@ -164,7 +164,7 @@ def _claims(arguments: list[str]) -> None:
 def _judging(arguments: list[str]) -> None:
     options = _parser("python -m alignbench.report judging", "judging").parse_args(arguments)
     base = options.out or options.folder / "judging"
-    found = judging.together(_read(options.folder))
+    found = judging.together(_read(options.folder, judged=True))
     base.parent.mkdir(parents=True, exist_ok=True)
     _console().print(judging.terminal(found))
     named(base, ".md").write_text(judging.markdown(found), encoding="utf-8")
@@ -267,9 +267,9 @@ def _parser(program: str, base: str) -> argparse.ArgumentParser:
     return parser
 
 
-def _read(folder: Path) -> list[dict[str, Any]]:
-    runs = collect(folder)
-    for note in runs.notes:
+def _read(folder: Path, **needed: bool) -> list[dict[str, Any]]:
+    runs = collect(folder, **needed)
+    for note in [*runs.notes, *(thresholds.missing_seeds(runs.records) if "judged" not in needed else ())]:
         print(note, file=sys.stderr)
     return runs.records
 
@@ -279,7 +279,7 @@ def _console() -> Console:
 
 
 def _report(folder: Path, out: Path, *, each: bool = False) -> None:
-    records = _read(folder)
+    records = _read(folder, measured=True)
     out.parent.mkdir(parents=True, exist_ok=True)
     problems = by_problem(records)
     summary = thresholds.thresholds_differ(records) and bool(thresholds.points_of(records))

@@ -184,7 +184,7 @@ def draw_reliability(axis: Any, curves: Mapping[str, Mapping[str, Any]]) -> None
             axis.plot([b["predicted"]] * 2, [sure.low, sure.high], color=colour, linewidth=1, alpha=0.7)
     axis.set(xlim=(0, 1), ylim=(0, 1), xlabel="predicted probability", ylabel="observed frequency")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    axis.legend(frameon=False, fontsize=8, loc="best")
 
 
 def pooled(curves: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -75,7 +75,8 @@ def _draw(
                         [x for x, _ in sure], [v["low"] for _, v in sure], [v["high"] for _, v in sure],
                         color=colour, alpha=0.16, linewidth=0,
                     )  # fmt: skip
-                    ends[row, k].append((name, xs[-1], means[-1], colour))
+                    if not any((name, later) in runs for later in columns[k + 1 :]):  # once per row is enough
+                        ends[row, k].append((name, xs[-1], means[-1], colour))
             axes.margins(x=0.04)
             axes.spines[["top", "right"]].set_visible(False)
             axes.xaxis.get_major_locator().set_params(integer=True)

@@ -6,7 +6,8 @@ within each resampled seed (the usual hierarchical bootstrap) treats the prompts
 and is too short where prompts matter; resampling both at once (Owen 2007, the pigeonhole bootstrap) counts the rest
 three times and is too long where answers are noisy; both shorten the seeds' part by (S - 1) / S, a third for three
 seeds. From three seeds on the interval here adds the two levels' variances up instead; in place of Student's
-quantile stands the geometric mean of those of both levels, weighted by their share of the variance. One or two seeds
+quantile stands the geometric mean of those of both levels, weighted by their share of the variance (p-values, which
+are corrected for many tests, take a longer one: `safe_reach`). One or two seeds
 say nothing about other seeds, so the interval is that of the prompts (a clustered bootstrap) for the seeds that are
 there, and its method says so.
 
@@ -41,7 +42,7 @@ from alignbench.report.stats import (
     too_few,
 )
 
-__all__ = ["Crossed", "all_pairs_reach", "cross", "holm"]
+__all__ = ["Crossed", "all_pairs_reach", "cross", "holm", "safe_reach"]
 
 CROSSED = "seeds x prompts, both levels"
 PROMPTS_ONLY = "these seeds; prompt-clustered bootstrap"
@@ -105,36 +106,39 @@ class Crossed:
         return replace(nothing, low=self.mean - reach, high=self.mean + reach, method=CROSSED)
 
     def reach(self, quantile: Callable[[float], float]) -> float:
-        """Half an interval's length, see `reach_of`."""
-        return reach_of(self.parts, quantile)
+        """Half an interval's length: the standard error times the parts' quantiles' weighted geometric mean."""
+        parts = [(variance, float(quantile(df))) for variance, df in self.parts if variance > 0.0]
+        if not parts or min(q for _, q in parts) <= 0.0:
+            return 0.0
+        total = sum(variance for variance, _ in parts)
+        return math.exp(sum(v * math.log(q) for v, q in parts) / total) * math.sqrt(total)
 
     @property
     def p_value(self) -> float:
-        """Two-sided, of a mean of zero: the level whose interval just holds it; NaN without an error."""
+        """Two-sided, of a mean of zero, by `safe_reach`, since it is corrected for many tests; NaN without an error."""
         if not self.parts:
             return math.nan
         if self.error == 0.0:
             return 1.0 if self.mean == 0.0 else 0.0
 
         def beyond(p: float) -> float:
-            return self.reach(lambda df: float(-stdtrit(df, p / 2))) - abs(self.mean)
+            return safe_reach(self.parts, p / 2) - abs(self.mean)
 
         smallest = 1e-12
         return smallest if beyond(smallest) < 0 else float(brentq(beyond, smallest, 1.0, xtol=1e-13))
 
 
-def reach_of(parts: Sequence[tuple[float, float]], quantile: Callable[[float], float]) -> float:
-    """Half an interval's length: the standard error times the parts' quantiles' weighted geometric mean.
+def safe_reach(parts: Sequence[tuple[float, float]], p: float) -> float:
+    """How far a mean is from the truth, on one side, with a chance of at most about `p`, however small.
+
+    Student's quantiles of the parts are averaged as squares (Cochran 1964), which is never shorter than
+    `Crossed.reach`: far out, where corrections for many tests look, the geometric mean is too short.
 
     Args:
         parts: (variance, degrees of freedom) of each part of the error.
-        quantile: Of Student's t, or what stands in its place, by degrees of freedom.
+        p: In (0, 1/2].
     """
-    found = [(variance, float(quantile(df))) for variance, df in parts if variance > 0.0]
-    if not found or min(q for _, q in found) <= 0.0:
-        return 0.0
-    total = sum(variance for variance, _ in found)
-    return math.exp(sum(v * math.log(q) for v, q in found) / total) * math.sqrt(total)
+    return math.sqrt(sum(float(stdtrit(df, p)) ** 2 * variance for variance, df in parts))
 
 
 def cross(values: FloatArray) -> Crossed:

@@ -37,7 +37,9 @@ def name_beside(axes: Any, items: Sequence[Named], *, share: float = 0.8) -> Non
         axes.annotate(
             name, xy=(x, y), xycoords="data", xytext=(1.03, at), textcoords="axes fraction", fontsize=size,
             color=readable(colour), va="center", ha="left", annotation_clip=False,
-            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5, "shrinkB": 4},
+            arrowprops={
+                "arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.5, "shrinkB": 4, "relpos": (0, 0.5),
+            },
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from alignbench.report.crossed import Crossed, cross
 from alignbench.report.plot import REFERENCE
 from alignbench.report.runs import Record, Runs, Table, number, per_prompt
 from alignbench.report.stats import FloatArray
-from alignbench.report.thresholds import series_of, thresholds_of
+from alignbench.report.thresholds import named_seeds, series_of, thresholds_of
 
 # besides the reward and the utilities; each is a mean per prompt
 OTHER = ("kl", "length", "unsafe_rate", "refusal_rate")
@@ -170,15 +170,11 @@ def _group(name: str, records: Sequence[Record], tables: Mapping[str, Table], no
         entries.append(_entry(series, thresholds, dict(sorted(seeds.items())), tables, utilities, every))
     for entry in entries:
         if entry.missing and entry.series != REFERENCE:
-            notes.append(f"{entry.label}: {_plural(entry.missing)} missing, {_plural(entry.seeds)} there")
+            notes.append(f"{entry.label}: {named_seeds(entry.missing)} missing, {named_seeds(entry.seeds)} there")
         if entry.lacking:
             notes.append(f"{entry.label}: no number for {', '.join(entry.lacking)}; left out of what needs it")
     prompts = len(next(iter(tables[records[0]["run_id"]].values()))["prompt_id"])
     return Group(name, utilities, tuple(entries), prompts, str(records[0]["config"]["evaluate"]["split"]), notes)
-
-
-def _plural(seeds: Sequence[int]) -> str:
-    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
 
 
 def _reference(

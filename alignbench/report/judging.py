@@ -68,7 +68,7 @@ def caption(judging: Mapping[str, Any]) -> str:
     rate = contests[0]["win_rate"]
     return (
         f"judge {judging['judge']}, protocol {protocol['name']} ({protocol['source']}); "
-        f"{contests[0]['counts']['comparisons']} comparisons; [{rate['level']:.0%} prompt-clustered bootstrap]; "
+        f"{contests[0]['counts']['comparisons']} comparisons; [{rate['level']:.0%} prompt-clustered]; "
         f"a tie counts {protocol['tie']:g}; missing: answers that could not be read, never counted as ties; "
         "first place: how much more than half the answer shown first is preferred; "
         "length bias: how much more often than gold the judge prefers the longer answer; "
@@ -218,7 +218,7 @@ def together(records: Sequence[Mapping[str, Any]], *, resamples: int = 2000) -> 
     """
     from alignbench.lab_judge import rated
 
-    judged = [record for record in records if record.get("judging", {}).get("contests")]
+    judged = [record for record in records if (record.get("judging") or {}).get("contests")]
     if not judged:
         raise DataError(
             "no record holds judged answers", where="report judging", mend="run with judge=gold, for instance"

@@ -25,10 +25,12 @@ def measures(record: Mapping[str, Any]) -> Section:
             head = f"{title} {label} ({counts['clusters']} prompts)"
             lines.append([head, *(_cell(rates.get(label)) for rates in found)])
     caption = (
-        "[prompt-clustered intervals; none where a tail holds too few prompts; (!): one prompt makes half of the variance, the interval may be too short]; cost: a utility's negative, above 0 is "
-        "unsafe; q: quantile, cvar: mean of the worst tenth or twentieth; unsafe_prompt_rate: prompts whose mean cost "
-        "is above 0; kl_k3 and kl_low_variance: the same KL by other estimators (k3 has an interval near the reference only); refusals by phrases in the first "
-        "words, over_refusal_rate on benign or safe prompts; distinct_n: distinct n-grams over all, by prompt"
+        "[prompt-clustered intervals; none where a tail holds too few prompts; (!): one prompt makes half of the "
+        "variance, the interval may be too short]; cost: a utility's negative, above 0 is unsafe; q: quantile, cvar: "
+        "mean of the worst tenth or twentieth; unsafe_prompt_rate: prompts whose mean cost is above 0; kl_k3 and "
+        "kl_low_variance: the same KL by other estimators (k3 has an interval near the reference only); refusals by "
+        "phrases in the first words, over_refusal_rate on benign or safe prompts; distinct_n: distinct n-grams over "
+        "all, by prompt"
     )
     return Section("measures", "All measures", ["measure", *rows], lines, caption)
 

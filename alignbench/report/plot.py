@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ def trade_off(records: Sequence[Mapping[str, Any]], path: Path, *, utility: str)
     """
     plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.6, 4.8), layout="constrained")
-    names = list(dict.fromkeys(name for name, _, _ in rows_of(records)))
+    # a policy without one of the two numbers has no place
+    drawn = [(name, row) for name, _, row in rows_of(records) if _known(row, "reward") and _known(row, utility)]
+    names = list(dict.fromkeys(name for name, _ in drawn))
     shown: set[str] = set()
-    for name, _, row in rows_of(records):
+    for name, row in drawn:
         x, y = row["metrics"]["reward"], row["metrics"][utility]
         marker, colour = style(names.index(name))
         axes.errorbar(
@@ -120,4 +123,11 @@ def _requested(record: Mapping[str, Any], utility: str) -> float | None:
     """The requested mean utility: the reference's mean plus the requested margin."""
     reference = next(iter(record["rows"].values()))
     constraint = reference.get("constraints", {}).get(utility)
-    return None if constraint is None else reference["metrics"][utility]["mean"] + constraint["requested_margin"]
+    if constraint is None or not _known(reference, utility):
+        return None
+    return float(reference["metrics"][utility]["mean"] + constraint["requested_margin"])
+
+
+def _known(row: Mapping[str, Any], metric: str) -> bool:
+    value = row["metrics"].get(metric)
+    return value is not None and value["mean"] is not None and math.isfinite(value["mean"])

@@ -72,7 +72,7 @@ def _gaps(record: Record, split: str) -> tuple[float, ...]:
     rows = record["rows"]
     found = []
     for entry in sorted(record["outcome"].get("trajectory") or [], key=lambda e: e["iteration"]):
-        certificate = certificate_of(rows.get(entry["policy"]) or {}, split)
+        certificate = certificate_of(rows.get(str(entry.get("policy"))) or {}, split)
         if certificate is None or certificate.get(GAP) is None:
             return ()
         found.append(float(certificate[GAP]))

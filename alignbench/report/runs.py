@@ -26,6 +26,21 @@ Table = dict[str, dict[str, np.ndarray]]
 _NEEDED: dict[str, type] = {
     "run_id": str, "method": str, "seed": int, "config": dict, "outcome": dict, "rows": dict, "cost": dict,
 }  # fmt: skip
+_NEEDED_SETTINGS: dict[str, dict[str, Any]] = {"dataset": {"name": str}}
+_THRESHOLDS: dict[str, dict[str, Any]] = {"constraint": {"utilities": list, "thresholds": list}}
+# what tables of measurements read besides
+_MEASURED_SETTINGS: dict[str, dict[str, Any]] = {
+    "constraint": {"form": str, "beta": (int, float)},
+    "evaluate": {"split": str},
+}
+_MEASURED_IN_ROWS: dict[str, type] = {"policy": str, "metrics": dict}
+_JUDGED_SETTINGS: dict[str, dict[str, Any]] = {"evaluate": {"level": (int, float)}}
+_JUDGED_IN_ROWS: dict[str, type] = {"policy": str}
+_OF_CONSTRAINT: dict[str, Any] = {
+    "requested_margin": (int, float), "achieved_margin": dict, "violation": dict,
+    "satisfied": bool, "satisfied_with_confidence": bool,
+}  # fmt: skip
+_OPTIONAL = ("judging", "scorers", "over_optimisation", "per_prompt")
 # the summary in a multirun's folder
 SWEEP = "sweep.json"
 _PACKAGES = ("torch", "transformers", "deepspeed")
@@ -46,8 +61,23 @@ class Runs:
     notes: list[str] = field(default_factory=list)
 
 
-def collect(folder: Path) -> Runs:
+@dataclass(frozen=True)
+class _Needs:
+    """What a report reads besides what every one does."""
+
+    thresholds: bool
+    measured: bool
+    judged: bool
+
+
+def collect(folder: Path, *, thresholds: bool = False, measured: bool = False, judged: bool = False) -> Runs:
     """Every usable record below a folder; of a sweep's own folder, which holds its sweep.json, that sweep's runs.
+
+    Args:
+        folder: Searched with all that lies in it.
+        thresholds: Whether what was asked of every run is needed.
+        judged: Whether what tables of judges read is needed.
+        measured: Whether what was asked and the metrics and constraints of every row are needed, too.
 
     Raises:
         DataError: There is no record at all, or none that can be used; the message holds the notes.
@@ -59,7 +89,7 @@ def collect(folder: Path) -> Runs:
     for path in paths:
         inside = path.parent != folder and path.is_relative_to(folder)
         name = str(path.parent.relative_to(folder)) if inside else path.parent.name
-        record, fault = _read(path)
+        record, fault = _read(path, _Needs(thresholds or measured, measured, judged))
         if record is None:
             notes.append(f"left out: {name}: {fault}")
             continue
@@ -95,7 +125,7 @@ def _of_sweep(folder: Path) -> tuple[list[Path], list[str]]:
     return paths, notes
 
 
-def _read(path: Path) -> tuple[Record | None, str]:
+def _read(path: Path, needs: _Needs) -> tuple[Record | None, str]:
     """A record, or None and why not."""
     if not path.is_file():
         return None, "its record is gone; run it again"
@@ -112,9 +142,46 @@ def _read(path: Path) -> tuple[Record | None, str]:
     lacking = [key for key, kind in _NEEDED.items() if not isinstance(record.get(key), kind)]
     if lacking:
         return None, f"no usable {', '.join(lacking)}; run it again"
+    lacking = _lacking(record, needs)
+    if lacking:
+        return None, f"no usable {', '.join(lacking)}; run it again"
     if record["outcome"].get("reported") not in record["rows"]:
         return None, f"its reported row {record['outcome'].get('reported')!r} is not there; run it again"
     return record, ""
+
+
+def _lacking(record: Record, needs: _Needs) -> list[str]:
+    """What reports read below the first level, where it is absent or of another kind."""
+    found = [key for key in _OPTIONAL if not isinstance(record.get(key) or {}, dict)]
+    asked = [_NEEDED_SETTINGS]
+    asked += [_THRESHOLDS] if needs.thresholds else []
+    asked += [_MEASURED_SETTINGS] if needs.measured else []
+    asked += [_JUDGED_SETTINGS] if needs.judged else []
+    for group, keys in ((group, keys) for groups in asked for group, keys in groups.items()):
+        found += _absent(record["config"].get(group), keys, f"config.{group}")
+    if needs.thresholds and not found:
+        constraint = record["config"]["constraint"]
+        if len(constraint["utilities"]) != len(constraint["thresholds"]):
+            found.append("config.constraint.thresholds (one per utility)")
+    in_rows = _MEASURED_IN_ROWS if needs.measured else _JUDGED_IN_ROWS if needs.judged else {}
+    for name, row in record["rows"].items():
+        found += _absent(row, in_rows, f"rows.{name}")
+        if not needs.measured or not isinstance(row, dict):
+            continue
+        for metric, value in (row.get("metrics") or {}).items():
+            # a number and its interval are one thing; an absent one is null
+            if value is not None and not (isinstance(value, dict) and "mean" in value):
+                found.append(f"rows.{name}.metrics.{metric}")
+        for utility, value in (row.get("constraints") or {}).items():
+            found += _absent(value, _OF_CONSTRAINT, f"rows.{name}.constraints.{utility}")
+    return list(dict.fromkeys(found))
+
+
+def _absent(values: Any, keys: Mapping[str, Any], where: str) -> list[str]:
+    """Names of the keys whose values are absent or of another kind."""
+    if not isinstance(values, dict):
+        return [where]
+    return [f"{where}.{key}" for key, kind in keys.items() if not isinstance(values.get(key), kind)]
 
 
 def _duplicate(found: dict[str, tuple[Path, Record]], record: Record, path: Path, name: str) -> str:

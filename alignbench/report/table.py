@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,10 +39,10 @@ def columns_of(record: Record) -> list[tuple[str, str]]:
 def cell(value: Mapping[str, Any] | None, digits: int = 2) -> str:
     """A value as `mean [low, high]`.
 
-    Where there is no interval the mean stands alone, with the number of prompts if they are too few for one; an interval
-    that may be too short has a mark.
+    Where there is no interval the mean stands alone, with the number of prompts if they are too few for one; an
+    interval that may be too short has a mark.
     """
-    if value is None or value["mean"] is None:
+    if value is None or value["mean"] is None or math.isnan(value["mean"]):
         return "-"
     text = f"{value['mean']:z.{digits}f}"  # z: -0.00 is 0.00
     method = str(value.get("method"))
@@ -74,7 +75,7 @@ def table_cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
         line = [f"{name} *" if reported else name, *([str(record["seed"])] if several_seeds else [])]
         line += [cell(row["metrics"].get(metric), 1 if metric == "length" else 2) for _, metric in columns]
         for utility in utilities if scored else ():
-            constraint = row["constraints"].get(utility)
+            constraint = (row.get("constraints") or {}).get(utility)
             if constraint is None:
                 line += ["-"] * 3
                 continue
@@ -88,10 +89,12 @@ def table_cells(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
 def caption_of(records: Sequence[Record]) -> str:
     """What the numbers are: prompts, samples, interval, the meaning of the marks."""
     record = records[0]
-    metric = next(iter(record["rows"].values()))["metrics"]["length"]
+    metric = next(iter(record["rows"].values()))["metrics"].get("length") or {}
+    if not {"clusters", "n", "level"} <= set(metric):
+        return f"{record['config']['evaluate']['split']} prompts; * reported by the method"
     return (
         f"{metric['clusters']} {record['config']['evaluate']['split']} prompts, {metric['n']} responses per policy; "
-        f"[{metric['level']:.0%} prompt-clustered bootstrap]; win rates against sft, ties half; "
+        f"[{metric['level']:.0%} prompt-clustered]; win rates against sft, ties half; "
         "met: yes = with confidence, likely = the point estimate only; * reported by the method"
     )
 

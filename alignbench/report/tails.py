@@ -178,7 +178,9 @@ def rate_interval(values: npt.ArrayLike, clusters: npt.ArrayLike, *, level: floa
     effective = float(np.sum(sizes / (1.0 + (sizes - 1.0) * correlation)))
     variance = float(np.mean((sample.values - mean) ** 2))
     coins = bool(np.isin(sample.values, (0.0, 1.0)).all())
-    if not coins and variance > 0.0:
+    if not coins and variance == 0.0:  # nothing but ties: a policy against itself
+        return Estimate(mean, mean, mean, sample.n, sample.k, level, NO_SPREAD)
+    if not coins:
         effective *= mean * (1.0 - mean) / variance
     if not coins or sample.n > sample.k:
         normal, student = scipy_stats.norm.ppf(0.5 + level / 2), scipy_stats.t.ppf(0.5 + level / 2, df=sample.k - 1)

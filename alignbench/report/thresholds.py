@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,7 @@ def points_of(records: Sequence[Record]) -> list[Point]:
         row = record["rows"][record["outcome"]["reported"]]
         for utility in record["config"]["constraint"]["utilities"]:
             constraint = row.get("constraints", {}).get(utility)
-            if constraint is None or constraint["achieved_margin"]["mean"] is None:
+            if constraint is None or not _known(constraint["achieved_margin"]):
                 continue
             found.append(
                 Point(
@@ -105,6 +105,10 @@ def points_of(records: Sequence[Record]) -> list[Point]:
     return sorted(found, key=lambda p: (p.series, p.thresholds, p.utility, p.seeds))
 
 
+def _known(value: Value) -> bool:
+    return value.get("mean") is not None and math.isfinite(value["mean"])
+
+
 def averaged(points: Sequence[Point]) -> list[Point]:
     """One point per series, thresholds and utility; of a single seed the point itself."""
     return [group[0] if len(group) == 1 else _average(group) for group in _groups(points)]
@@ -122,7 +126,7 @@ def _average(group: Sequence[Point]) -> Point:
 
     def mean(read: Callable[[Point], Value | None]) -> Value | None:
         values = [read(point) for point in group]
-        means = [value["mean"] for value in values if value is not None and value["mean"] is not None]
+        means = [value["mean"] for value in values if value is not None and _known(value)]
         # a mean over some of the seeds would stand in the line of all of them
         return over_seeds(means) if len(means) == len(group) else None
 
@@ -183,6 +187,25 @@ def thresholds_of(record: Record) -> tuple[float, ...]:
 def thresholds_differ(records: Sequence[Record]) -> bool:
     """Whether these records ask for different things, so that one table of rewards would compare unlike runs."""
     return len({thresholds_of(record) for record in records}) > 1
+
+
+def missing_seeds(records: Sequence[Record]) -> list[str]:
+    """One sentence for every series and choice of thresholds that lacks seeds which others have."""
+    points: dict[tuple[str, tuple[float, ...]], set[int]] = {}
+    for record, series in zip(records, series_of(records), strict=True):
+        points.setdefault((series, thresholds_of(record)), set()).add(record["seed"])
+    every = set().union(*points.values())
+    return [
+        f"{series} @ {', '.join(f'{value:g}' for value in thresholds)}: "
+        f"{named_seeds(every - seeds)} missing, {named_seeds(seeds)} there"
+        for (series, thresholds), seeds in sorted(points.items())
+        if every - seeds
+    ]
+
+
+def named_seeds(seeds: Collection[int]) -> str:
+    """Seeds as words."""
+    return f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, sorted(seeds)))}"
 
 
 def distinct(records: Sequence[Record]) -> list[Record]:
@@ -301,7 +324,7 @@ def caption_of(records: Sequence[Record], points: Sequence[Point]) -> str:
     level = f"{metric['level']:.0%} " if metric.get("level") else ""
     text = (
         f"margins over the reference on {record['config']['evaluate']['split']} prompts; "
-        f"predicted: by the dual, before training; [{level}prompt-clustered bootstrap] within a seed"
+        f"predicted: by the dual, before training; [{level}prompt-clustered] within a seed"
     )
     if means:
         text += f"; [{' or '.join(means)}] in a mean over seeds, which counts the seeds that meet the margin"

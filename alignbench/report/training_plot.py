@@ -12,14 +12,15 @@ from alignbench.report.plot import COLOURS, pyplot, save
 
 Curves = Mapping[str, Sequence[Mapping[str, float]]]
 _COLUMNS = 4
+_PREFER = "prefer "  # how the lab calls preference stages
 _TRAIN, _HELD_OUT = COLOURS[2], COLOURS[4]
 
 
 def training(runs: Sequence[tuple[str, Curves]], path: Path) -> bool:
     """Draw the losses of every run: each optimiser step pale, their running mean, held-out examples as joined points.
 
-    Stages of a run follow each other along the steps; a dotted line and its name mark the begin of each. A stage that
-    all methods share (SFT) has a panel of its own.
+    Preference stages of a run follow each other along the steps; a dotted line and its name mark the begin of each.
+    Others (SFT, score models) have a panel each.
 
     Args:
         runs: (method, curves by stage in order); several runs of a method lie in one panel.
@@ -31,10 +32,11 @@ def training(runs: Sequence[tuple[str, Curves]], path: Path) -> bool:
     panels: dict[str, list[dict[str, Sequence[Mapping[str, float]]]]] = {}
     for method, curves in runs:
         own = {stage: rows for stage, rows in curves.items() if rows and "loss" in rows[0]}
-        if "sft" in own:
-            shared = own.pop("sft")
-            if {"sft": shared} not in panels.setdefault("sft", []):
-                panels["sft"].append({"sft": shared})
+        # SFT and score models: losses of their own, and shared by methods
+        for stage in [stage for stage in own if not stage.startswith(_PREFER)]:
+            shared = {stage: own.pop(stage)}
+            if shared not in panels.setdefault(stage, []):
+                panels[stage].append(shared)
         if own:
             panels.setdefault(method, []).append(own)
     if not panels:
@@ -98,7 +100,7 @@ def _boundaries(axes: Any, curves: Curves) -> None:
     for k, (stage, rows) in enumerate(curves.items()):
         axes.axvline(begin, color="0.6", linestyle=":", linewidth=1, zorder=0)
         axes.annotate(
-            stage.removeprefix("prefer "), (begin, 0.98 - 0.065 * (k % 4)), xycoords=("data", "axes fraction"),
+            stage.removeprefix(_PREFER), (begin, 0.98 - 0.065 * (k % 4)), xycoords=("data", "axes fraction"),
             xytext=(3, 0), textcoords="offset points", fontsize=7, color="0.25", va="top",
         )  # fmt: skip
         begin += rows[-1]["step"]

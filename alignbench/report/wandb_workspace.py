@@ -73,7 +73,7 @@ def save(space: Any) -> str:
     """
     import wandb
 
-    if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+    if not (os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False)):
         raise ConfigError(
             "this machine has no W&B login, so the workspace cannot be saved",
             where="--save",

@@ -116,6 +116,12 @@ def test_agreement_and_length_bias_by_hand():
     # longer answers: the judge took them in 1, 1 and 1 of three; gold in 1, 0 and a half
     assert found["length_bias"]["mean"] == pytest.approx(0.5)
     assert found["win_rate"]["mean"] == pytest.approx((1 + 1 + 0 + 0.5) / 4)
+    # without the tie of gold and the answer that could not be read: said 1 (true), 0 (true), 1/2 (false)
+    bins = [(b["predicted"], b["observed"], b["n"]) for b in found["calibration"]["bins"]]
+    assert bins == [(0.0, 1.0, 1), (0.5, 0.0, 1), (1.0, 1.0, 1)]
+    assert found["calibration"]["brier"] == pytest.approx((0 + 1 + 0.25) / 3)
+    nothing = verdicts.against_gold(triples[4:], gold[4:], longer[4:], np.array(["e"]), OPTIONS)
+    assert nothing["calibration"] is None
 
 
 def test_a_judge_that_is_gold_agrees_and_has_no_length_bias():

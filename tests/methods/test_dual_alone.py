@@ -34,6 +34,28 @@ def test_the_dual_alone_trains_nothing_and_reports_lambda_and_its_prediction(dua
     assert dual.record["outcome"]["diagnostics"]["dual"] == dual.artifact("dual").json("dual.json")
 
 
+def test_the_record_has_the_duals_course_and_the_labels_calibration(
+    dual: Run, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    solution = dual.artifact("dual").json("dual.json")["solution"]
+    (found,) = dual.record["duals"]
+    assert found["artifact"] == dual.key("geometry of dual")
+    assert found["value"] == pytest.approx(solution["value"], rel=1e-9)
+    course = found["course"]["safety"]
+    assert min(course["value"]) == pytest.approx(solution["value"], rel=1e-9)
+    assert course["multiplier"][int(np.argmin(course["value"]))] == pytest.approx(solution["multipliers"][0])
+    (entry_,) = found["sample_effect"]  # four of eight responses
+    assert (entry_["responses"], entry_["draws"]) == (4, 16)
+    assert "labels" not in dual.record
+    mocan = once(tmp_path_factory, "method=mocan", BANK, WITHIN, FEW)
+    assert mocan.record["duals"] == dual.record["duals"]
+    ((label, calibration),) = mocan.record["labels"].items()
+    drawn = load_file(mocan.artifact(label).path("labels.safetensors"))
+    assert sum(b["n"] for b in calibration["bins"]) == calibration["pairs"] == len(drawn["preferred"])
+    observed = sum(b["n"] * b["observed"] for b in calibration["bins"])
+    assert observed == pytest.approx(float((drawn["preferred"] == 1).sum()))
+
+
 def test_mocan_solves_the_same_dual(dual: Run, tmp_path_factory: pytest.TempPathFactory) -> None:
     mocan = once(tmp_path_factory, "method=mocan", BANK, WITHIN, FEW)
     assert mocan.key("dual") == dual.key("dual")

@@ -86,7 +86,10 @@ def write_run(
         "rows": {
             name: {
                 "policy": f"{name}-{seed}",
-                "metrics": {metric: {"mean": float(values.mean())} for metric, values in table.items()},
+                "metrics": {
+                    metric: {"mean": float(values.mean()), "n": SAMPLES * prompts, "clusters": prompts, "level": 0.95}
+                    for metric, values in table.items()
+                },
                 "constraints": constraints,
             }
             for name, table in tables.items()

@@ -51,7 +51,7 @@ def write_one(
     *,
     rows: Sequence[Mapping[str, Any]] | None = None,
     iterations: int = 0,
-    prompts: int = 3,
+    answers: int = 3,
     length: int = 1,
     **options: Any,
 ) -> Path:
@@ -66,7 +66,7 @@ def write_one(
     (folder / "record.json").write_text(json.dumps(record))
     if rows is None:
         label = f"{method} at {options.get('asked', (0.2,))[0]:g} seed {options.get('seed', 0)}"
-        rows = responses(method, label, prompts, length)
+        rows = responses(method, label, answers, length)
     (folder / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 

@@ -247,7 +247,7 @@ def test_links_lead_to_files_that_are_there(tmp_path: Path) -> None:
 def test_texts_keep_to_their_budget_and_every_run_has_the_same_prompts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_sweep(tmp_path, methods=("mocan", "sacpo"), thresholds=(0.2,), prompts=9, length=4)
+    write_sweep(tmp_path, methods=("mocan", "sacpo"), thresholds=(0.2,), answers=9, length=4)
     monkeypatch.setattr(generations, "BUDGET", 8_000)
     monkeypatch.setattr(generations, "LONGEST", 100)
     _, reader = made(tmp_path)
@@ -266,7 +266,7 @@ def test_texts_keep_to_their_budget_and_every_run_has_the_same_prompts(
 
 def test_four_hundred_records_stay_below_five_megabytes(tmp_path: Path) -> None:
     methods = [f"method{k:02d}" if k % 4 else f"mocaid{k}" for k in range(16)]
-    write_sweep(tmp_path, methods, (0.0, 0.1, 0.2, 0.3, 0.4), range(5), prompts=12, length=25)
+    write_sweep(tmp_path, methods, (0.0, 0.1, 0.2, 0.3, 0.4), range(5), prompts=10, answers=12, length=25)
     path, reader = made(tmp_path)
     data = json.loads(reader.data)
     assert sum("id" in run for run in data["groups"][0]["runs"]) == 400

@@ -6,7 +6,7 @@ said anything on the console or asked for anything.
 
 from __future__ import annotations
 
-import itertools
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ def test_it_draws_without_errors_or_requests(browser: Any, sweep: Path) -> None:
             assert points(page, "dual-multiplier") >= 8  # two seeds of four iterations
             assert points(page, "dual-gap") >= 8
             assert page.locator("#best .card").count() == 2
-            labels = page.locator("#front svg .mark-text").all_inner_texts()
+            labels = page.locator("#front svg .mark-text").all_text_contents()
             assert any("reference" in label for label in labels)
             # intervals: a line in either direction for every point
             assert page.locator("#front svg .mark-rule.role-mark line").count() == 14
@@ -70,17 +70,17 @@ def test_filters_choose_what_is_shown(browser: Any, sweep: Path) -> None:
         assert rows(page, "g0-methods") == ["reference", "mocaid", "mocaid", "mocan", "mocan"]
         assert not [text for text in rows(page, "g0-differences") if "sacpo" in text]
         assert "sacpo" not in page.locator("#responses").inner_text()
-        page.get_by_label("Threshold").select_option("0.2")
+        page.get_by_label("Threshold", exact=True).select_option("0.2")
         settled(page, "front", 3)
         assert rows(page, "g0-methods") == ["reference", "mocaid", "mocan"]
         assert page.locator("#best .card").count() == 1
-        page.get_by_label("Seed").select_option("seed 1 alone")
+        page.get_by_label("Seed", exact=True).select_option("seed 1 alone")
         settled(page, "front", 3)
-        assert page.locator("#shown").inner_text() == "3 of 4 methods, 3 of 8 runs"
+        assert page.locator("#shown").inner_text() == "3 of 4 methods, 3 of 7 runs"
         assert len(rows(page, "g0-runs")) == 2
         assert "seed 0" not in page.locator("#responses").inner_text()
-        page.get_by_label("Threshold").select_option("all")
-        page.get_by_label("Seed").select_option("all, each run by itself")
+        page.get_by_label("Threshold", exact=True).select_option("all")
+        page.get_by_label("Seed", exact=True).select_option("all, each run by itself")
         settled(page, "front", 10)  # two methods, two thresholds, two seeds, and each seed's reference
         page.get_by_role("button", name="None").click()
         page.wait_for_selector("#front .notice")
@@ -111,7 +111,7 @@ def test_the_numbers_of_a_plot_can_be_read_as_a_table(browser: Any, sweep: Path)
         page.locator("#calibration-numbers summary").click()
         table = page.locator("#calibration-numbers table")
         assert table.locator("tbody tr").count() == 6
-        page.get_by_label("Threshold").select_option("0.1")
+        page.get_by_label("Threshold", exact=True).select_option("0.1")
         page.wait_for_function("document.querySelectorAll('#calibration-numbers tbody tr').length === 3")
         cells = table.locator("tbody tr").first.locator("th, td").all_inner_texts()
         assert cells[0] == "mocaid"
@@ -176,7 +176,7 @@ def test_controls_have_names(browser: Any, sweep: Path) -> None:
         # one h1, and no level of heading is skipped
         levels = page.locator("h1, h2, h3, h4").evaluate_all("all => all.map(h => Number(h.tagName[1]))")
         assert levels.count(1) == 1
-        assert all(after - before <= 1 for before, after in itertools.pairwise(levels))
+        assert all(after - before <= 1 for before, after in pairwise(levels))
         assert page.evaluate("document.documentElement.lang") == "en"
 
 
@@ -193,14 +193,16 @@ def test_responses_are_hidden_until_asked_for(browser: Any, sweep: Path) -> None
         page.get_by_label("Show every response").check()
         assert body.inner_text().count(HIDDEN) > 5
         assert page.get_by_role("button", name=SHOW).count() == 0
+        page.get_by_label("Search prompts and responses").fill("SACPO at 0.1")
+        assert set(page.locator("#responses mark").all_inner_texts()) == {"sacpo at 0.1"}
         page.get_by_label("Search prompts and responses").fill("no such words")
         assert "0 of 3 prompts" in page.locator("#matches").inner_text()
 
 
 def test_hostile_text_neither_breaks_nor_runs(browser: Any, tmp_path: Path) -> None:
-    rows = [{"prompt": f"{HOSTILE} {'x' * 300}", "sft": HOSTILE, "mocan": f"{HOSTILE} answer {'y' * 300}"}]
+    rows = [{"prompt": f"{HOSTILE} {'x' * 300}", "sft": HOSTILE, HOSTILE: f"{HOSTILE} answer {'y' * 300}"}]
     changes = {"run_id": HOSTILE, "folder": "a<b>", "versions": {"torch": HOSTILE}}
-    write_one(tmp_path, "mocan", rows=rows, iterations=2, **changes)
+    write_one(tmp_path, HOSTILE, rows=rows, iterations=2, reward=0.5, **changes)
     path = write(tmp_path, tmp_path / "dashboard.html")
     with opened(browser, path, width=375) as (page, _):
         page.get_by_label("Show every response").check()
@@ -209,7 +211,8 @@ def test_hostile_text_neither_breaks_nor_runs(browser: Any, tmp_path: Path) -> N
         assert page.locator("#responses h3").text_content().startswith(HOSTILE)
         assert page.locator("#responses .text").nth(1).text_content().startswith(f"{HOSTILE} answer")
         assert page.locator("main img").count() == 0
-        page.hover("#front svg .mark-symbol path >> nth=0")
+        page.hover("#front svg .mark-symbol path >> nth=1")
+        assert HOSTILE[:40] in page.locator("#vg-tooltip-element").inner_text()
         assert page.evaluate("window.pwned") is None
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 from sweep_records import write_sweep
+
+from alignbench.report.published import published
 
 TOP = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted((TOP / "notebooks").glob("*.ipynb"))
@@ -78,6 +81,23 @@ def test_the_duals_geometry(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "effective sample size: mean" in text
     assert "no reweighting reaches it" in text
     assert pictures(book) == 2  # a bank per seed
+
+
+def test_a_papers_table_beside_ours(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in sweep.glob("mocan*/record.json"):
+        record = json.loads(path.read_text())
+        record["experiments"] = ["can/table4_mocan"]
+        record["config"] |= {"scale": "embedded", "model": {"name": "tiny"}}
+        path.write_text(json.dumps(record))
+    book = executed(TOP / "notebooks" / "published_table.ipynb", sweep, monkeypatch)
+    text = shown(book)
+    table = published().table("can/table4")
+    assert table.title in text
+    for row in table.rows:  # the paper's numbers, as it states them
+        assert all(str(number) in text for number in row.cells if number is not None)
+    assert "our run" in text
+    assert "row(s) of ours; no run of: none" in text
+    assert pictures(book) == 1
 
 
 @pytest.mark.slow

@@ -151,7 +151,7 @@ def test_costs_are_means_and_their_range(sweep: tuple[Path, list[Any]], tmp_path
 
 def test_training_stages_follow_each_other(tmp_path: Path, drawn: list[Any]) -> None:
     rows = [{"step": 1.0, "loss": 3.0}, {"step": 2.0, "loss": 1.0, "validation_loss": 2.0}]
-    assert training([("m", {"sft": rows, "a": rows, "b": rows})], tmp_path / "p")
+    assert training([("m", {"sft": rows, "prefer a": rows, "prefer b": rows})], tmp_path / "p")
     alone, both = drawn[0].axes[:2]
     assert alone.get_title() == "sft (1 run)"
     xs = [list(map(float, line.get_xdata())) for line in both.lines]

@@ -155,7 +155,7 @@ def test_markdown_reads_back(record: dict[str, Any]) -> None:
 
 def test_the_caption_says_what_the_numbers_are(record: dict[str, Any]) -> None:
     caption = caption_of([record])
-    assert caption.startswith("6 test prompts, 12 responses per policy; [95% prompt-clustered bootstrap]")
+    assert caption.startswith("6 test prompts, 12 responses per policy; [95% prompt-clustered]")
     assert "ties half" in caption
     assert "* reported by the method" in caption
 

@@ -143,8 +143,8 @@ def test_ties_vary_less_than_coins_and_alike_answers_count_once() -> None:
     same = rate_interval(np.ones(40), np.repeat(np.arange(10), 4))
     assert (same.mean, same.high) == (1.0, 1.0)
     assert same.low < 0.8, "ten prompts without a failure leave doubt"
-    nothing_known = rate_interval(np.full(40, 0.5), np.repeat(np.arange(10), 4))
-    assert nothing_known.low < 0.5 < nothing_known.high
+    ties = rate_interval(np.full(40, 0.5), np.repeat(np.arange(10), 4))
+    assert (ties.low, ties.high, ties.method) == (0.5, 0.5, NO_SPREAD)
 
 
 def test_what_is_no_rate_is_refused_and_few_prompts_have_no_interval() -> None:
@@ -241,4 +241,5 @@ def test_rates_cover(rate: float, kind: str, prompts: int) -> None:
         z, of = responses(rng, prompts)
         found = rate_interval((z[:, None] < edges).mean(axis=1), of)
         hits += found.low <= true <= found.high
-    assert 0.93 <= hits / runs <= 0.97
+    # where most evaluations see no failure at all, their common interval holds nearly every rate that leads there
+    assert 0.93 <= hits / runs <= (0.975 if prompts * (1 - rate) < 1 else 0.97)

@@ -142,10 +142,20 @@ def evaluate(
     base: int = 8,
     texts: list[str] | None = None,
     prompts: list[dict[str, Any]] | None = None,
+    copies: int = 1,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Run the stage on tables of one's own; `scored`, `own`, `base` cut the tables short."""
+    """Run the stage on tables of one's own; `scored`, `own`, `base` cut the tables short.
+
+    With several copies other prompts are answered in the same way: four are too few for intervals of means.
+    """
     store = Store(folder / "store")
+    own_prompts, base_prompts = (
+        [p + "b" * c for c in range(copies) for p in one] for one in (own_prompts, base_prompts)
+    )
+    policy, reference = ({name: values * copies for name, values in one.items()} for one in (policy, reference))
+    texts = texts and texts * copies
+    scored, own, base = scored * copies, own * copies, base * copies
 
     def table(prompts: list[str]) -> Any:
         rows = [
@@ -168,16 +178,21 @@ def evaluate(
     def sums(values: list[float]) -> Any:
         return lambda out: save_file({"response": np.array(values)}, out / "responses.safetensors")
 
-    asked = [{"prompt_id": f"p{i}", "prompt": f"p{i}", "split": "test"} for i in range(4)]
-    asked = [row | more for row, more in zip(asked, prompts or [{}] * 4, strict=True)]
+    names = [f"p{i}" + "b" * c for c in range(copies) for i in range(4)]
+    asked = [{"prompt_id": name, "prompt": name, "split": "test"} for name in names]
+    asked = [row | more for row, more in zip(asked, (prompts or [{}] * 4) * copies, strict=True)]
     inputs = {
         "data": artifact(store, "a", "data", lambda out: write_jsonl(out / "prompts.jsonl", asked)),
         "responses": artifact(store, "b", "responses", table(own_prompts)),
         "scores": artifact(store, "c", "scores", scores(policy, scored)),
         "reference_responses": artifact(store, "d", "responses", table(base_prompts)),
-        "reference_scores": artifact(store, "e", "scores", scores(reference, 8)),
-        "logprobs": artifact(store, "f", "logprobs", sums([-1.0, -2.0] * 4 if own == 8 else [-1.0] * own)),
-        "reference_logprobs": artifact(store, "g", "logprobs", sums([-2.0, -2.5] * 4 if base == 8 else [-2.0] * base)),
+        "reference_scores": artifact(store, "e", "scores", scores(reference, 8 * copies)),
+        "logprobs": artifact(
+            store, "f", "logprobs", sums([-1.0, -2.0] * 4 * copies if own == 8 * copies else [-1.0] * own)
+        ),
+        "reference_logprobs": artifact(
+            store, "g", "logprobs", sums([-2.0, -2.5] * 4 * copies if base == 8 * copies else [-2.0] * base)
+        ),
     }
     out = folder / "out"
     out.mkdir()
@@ -193,7 +208,7 @@ def evaluate(
             on_metrics=lambda step, metrics: None,
         )
     )
-    assert len(read_jsonl(out / "per_prompt.jsonl")) == 4
+    assert len(read_jsonl(out / "per_prompt.jsonl")) == 4 * copies
     return dict(read_json(out / "metrics.json"))
 
 
@@ -212,7 +227,7 @@ def test_worked_metrics(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("form", "threshold"), [("margin", 0.5), ("absolute_utility", 1.5), ("absolute_cost", -1.5)])
 def test_the_three_forms_of_one_constraint(tmp_path: Path, form: str, threshold: float) -> None:
     """E_ref g = 1.0 and E_pi g = 1.2: a margin of 0.5, a floor of 1.5 and a cost ceiling of -1.5 are one wish."""
-    constraint = evaluate(tmp_path, form=form, threshold=threshold)["constraints"]["safety"]
+    constraint = evaluate(tmp_path, form=form, threshold=threshold, copies=2)["constraints"]["safety"]
     assert constraint["requested_margin"] == pytest.approx(0.5)
     assert constraint["achieved_margin"]["mean"] == pytest.approx(0.2)
     assert constraint["violation"]["mean"] == pytest.approx(0.3)
@@ -226,7 +241,7 @@ def test_the_three_forms_of_one_constraint(tmp_path: Path, form: str, threshold:
     ("form", "threshold"), [("margin", 0.125), ("absolute_utility", 1.125), ("absolute_cost", -1.125)]
 )
 def test_a_constraint_that_is_met(tmp_path: Path, form: str, threshold: float) -> None:
-    constraint = evaluate(tmp_path, form=form, threshold=threshold)["constraints"]["safety"]
+    constraint = evaluate(tmp_path, form=form, threshold=threshold, copies=2)["constraints"]["safety"]
     assert constraint["requested_margin"] == pytest.approx(0.125)
     assert constraint["violation"]["mean"] == 0
     assert constraint["violation"]["high"] == 0
@@ -236,7 +251,7 @@ def test_a_constraint_that_is_met(tmp_path: Path, form: str, threshold: float) -
 
 def test_met_on_average_is_not_met_with_confidence(tmp_path: Path) -> None:
     scattered = POLICY | {"safety": [0.0, 0.0, 3.0, 3.0, 0.0, 0.0, 3.0, 3.0]}
-    constraint = evaluate(tmp_path, policy=scattered)["constraints"]["safety"]
+    constraint = evaluate(tmp_path, policy=scattered, copies=2)["constraints"]["safety"]
     assert constraint["achieved_margin"]["mean"] == pytest.approx(0.5)
     assert constraint["satisfied"] is True
     assert constraint["satisfied_with_confidence"] is False
@@ -252,7 +267,7 @@ def test_an_absolute_threshold_is_a_fixed_number(tmp_path: Path) -> None:
     for form, threshold in forms.items():
         folder = tmp_path / form
         folder.mkdir()
-        result = evaluate(folder, form=form, threshold=threshold, reference=noisy)
+        result = evaluate(folder, form=form, threshold=threshold, reference=noisy, copies=2)
         found[form] = result["constraints"]["safety"]
         assert found[form]["requested_margin"] == pytest.approx(0.5)
         assert found[form]["violation"]["mean"] == pytest.approx(0.3)
@@ -326,7 +341,7 @@ def test_refusals_by_kind_of_prompt_and_distinct_words(tmp_path: Path) -> None:
 
 def test_phrases_of_ones_own(tmp_path: Path) -> None:
     texts = ["Not today!", "I cannot help", *["x"] * 6]
-    metrics = evaluate(tmp_path, texts=texts, refusal_phrases=("not TODAY",))["metrics"]
+    metrics = evaluate(tmp_path, texts=texts, refusal_phrases=("not TODAY",), copies=2)["metrics"]
     assert metrics["refusal_rate"]["mean"] == 1 / 8
     assert metrics["refusal_rate"]["low"] > 0
     assert metrics["refusal_rate"]["method"] == "wilson, clustered"

@@ -19,11 +19,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy import special
 from scipy.optimize import brentq
 
 from alignbench.errors import DataError
-from alignbench.report.crossed import FEWEST_SEEDS, Crossed, cross, holm, reach_of
+from alignbench.report.crossed import CROSSED, FEWEST_SEEDS, Crossed, cross, holm, safe_reach
 from alignbench.report.stats import NO_INTERVAL, NO_SPREAD, Estimate, FloatArray
 
 LEVEL = 0.95
@@ -65,16 +64,21 @@ class Effect:
         return math.sqrt(sum(variance for variance, _ in self.parts)) if self.parts else math.nan
 
     def interval(self) -> Estimate:
-        """Two-sided, at LEVEL; with fewer than three seeds that of the prompts alone, and it says so."""
-        if self.crossed is not None:
+        """Two-sided, at LEVEL: what the p-values do not exclude.
+
+        Of seeds and prompts it is a little longer than in other reports, whose intervals are no tests.
+        With fewer than three seeds it is that of the prompts alone, and says so.
+        """
+        if self.crossed is not None and not self.parts:
             return self.crossed.interval(LEVEL)
         found = Estimate(self.mean, math.nan, math.nan, 0, self.prompts, LEVEL, NO_INTERVAL)
         if not self.parts:
             return replace(found, method=f"fewer than {FEWEST_SEEDS} seeds: no interval")
         if self.error == 0.0:
             return replace(found, low=self.mean, high=self.mean, method=NO_SPREAD)
-        reach = self._reach(ALPHA)
-        return replace(found, low=self.mean - reach, high=self.mean + reach, method=SEEDS_ONLY)
+        reach = safe_reach(self.parts, ALPHA)
+        method = SEEDS_ONLY if self.crossed is None else CROSSED
+        return replace(found, low=self.mean - reach, high=self.mean + reach, method=method)
 
     def p_above(self, value: float) -> float:
         """One-sided p of "the effect is at most `value`"; NaN where it cannot be told."""
@@ -93,16 +97,13 @@ class Effect:
         mirrored = replace(self, mean=-self.mean)
         return mirrored.p_above(-value)
 
-    def _reach(self, p: float) -> float:
-        return reach_of(self.parts, lambda df: -float(special.stdtrit(df, p)))
-
     def _p(self, distance: float) -> float:
         """The p in (0, 1/2] whose one-sided reach is `distance`."""
         if distance == 0.0:
             return 0.5
-        if self._reach(_SMALLEST_P) < distance:
+        if safe_reach(self.parts, _SMALLEST_P) < distance:
             return _SMALLEST_P
-        return float(brentq(lambda p: self._reach(p) - distance, _SMALLEST_P, 0.5, xtol=1e-14))
+        return float(brentq(lambda p: safe_reach(self.parts, p) - distance, _SMALLEST_P, 0.5, xtol=1e-14))
 
 
 def effect_of(values: FloatArray, *, counted: bool = False) -> Effect:

@@ -230,7 +230,7 @@ def _judged(result: Result, verdict: str, supports: float, refutes: float) -> Re
         reason = _because(found)
     # what failed is seldom missing by chance
     part = any(_MISSING in note for note in result.notes)
-    return replace(found, reason=f"{reason} (on part of what was declared)" if part else reason)
+    return replace(found, reason=f"{reason} (not on all that was declared)" if part else reason)
 
 
 def _because(result: Result) -> str:

@@ -95,7 +95,7 @@ function placeLabels(spec) {
   spec.marks.forEach((mark, index) => {
     if (mark.type === "text") {
       const points = spec.marks.slice(0, index).filter((other) => other.type === "symbol").map((other) => other.name);
-      mark.transform = [{type: "label", size: {signal: "[width + 60, height]"}, offset: [7],
+      mark.transform = [{type: "label", size: {signal: "[width + 60, height]"}, offset: [7, 13],
                          anchor: ["right", "left", "top", "bottom", "top-right", "bottom-right", "top-left", "bottom-left"],
                          avoidMarks: points}];
     }
@@ -112,11 +112,20 @@ async function draw(id, spec, described) {
   if (!spec) { host.replaceChildren(make("p", {class: "notice"}, described)); return; }
   const place = make("div");
   host.replaceChildren(place);
-  const made = await vegaEmbed(place, {
+  const whole = {
     $schema: "https://vega.github.io/schema/vega-lite/v6.json", width: "container", height: narrow() ? 300 : 400,
     autosize: {type: "fit-x", contains: "padding"}, description: described, config: config(), ...spec,
-  }, {ast: true, renderer: "svg", patch: placeLabels, tooltip: {theme: dark.matches ? "dark" : "light"}, downloadFileName: id,
+  };
+  let made;
+  try {
+    made = await vegaEmbed(place, whole, {
+      ast: true, renderer: "svg", patch: placeLabels, tooltip: {theme: dark.matches ? "dark" : "light"}, downloadFileName: id,
       actions: {export: true, source: false, compiled: false, editor: false}});
+  } catch (error) {  // the rest of the page is of use without it
+    console.error(error);
+    host.replaceChildren(make("p", {class: "notice"}, `This plot cannot be drawn (${error.message}); its numbers are below.`));
+    return;
+  }
   if (turn[id] === mine) drawn[id] = made; else made.finalize();
 }
 
@@ -226,7 +235,7 @@ function calibrationPlot() {
   const solid = {type: "point", size: 80, filled: true, opacity: 1};
   if (!lines) {
     // one choice of thresholds: a line for each method, with its name on the axis
-    const y = {field: "row", type: "nominal", title: null, sort: null, axis: {labelLimit: narrow() ? 110 : 260, grid: true}};
+    const y = {field: "row", type: "nominal", title: null, sort: null, scale: {domain: [...new Set(rows.map((r) => r.row))]}, axis: {labelLimit: narrow() ? 110 : 260, grid: true}};
     const x = QUANTITY("y", `achieved margin of ${u}`, loose);
     const layer = [
       {data: {values: [...new Set(requested)].map((r) => ({r}))}, mark: {type: "rule", strokeDash: [5, 4]}, encoding: {x: QUANTITY("r", x.title, loose)}},
@@ -418,8 +427,19 @@ function answersByPrompt() {
 
 const has = (text, query) => text.toLowerCase().includes(query);
 
-function revealed(box, text) {
-  box.replaceChildren(make("p", {class: "text"}, text === "" ? "(an empty response)" : text));
+// the response with the words that were searched for marked
+function paragraph(text, query) {
+  const found = make("p", {class: "text"}, ...(text === "" ? ["(an empty response)"] : []));
+  const low = text.toLowerCase();
+  // a letter whose lower case is longer would shift what follows
+  const step = query.length && low.length === text.length ? query.length : 0;
+  let at = 0;
+  for (let next = step ? low.indexOf(query) : -1; next !== -1; next = low.indexOf(query, at)) {
+    found.append(text.slice(at, next), make("mark", {}, text.slice(next, next + step)));
+    at = next + step;
+  }
+  found.append(text.slice(at));
+  return found;
 }
 
 function answerCard(answer, query) {
@@ -429,14 +449,13 @@ function answerCard(answer, query) {
   const box = make("div", {});
   const card = make("div", {class: `card answer${query && has(text, query) ? " hit" : ""}`},
     make("h4", {}, swatch(answer.p.s), name), make("p", {class: "what"}, `seed ${answer.p.seed}${scores.length ? "; this answer: " + scores.join(", ") : ""}`), box);
-  if ($("reveal").checked) revealed(box, text);
+  if ($("reveal").checked) box.append(paragraph(text, query));
   else {
     const button = make("button", {type: "button", "aria-expanded": "false", onclick: () => {
-      const paragraph = make("p", {class: "text", tabindex: "-1"}, text === "" ? "(an empty response)" : text);
       const open = button.getAttribute("aria-expanded") === "true";
       button.setAttribute("aria-expanded", String(!open));
       button.firstChild.textContent = open ? "Show response" : "Hide response";
-      if (open) box.lastChild.remove(); else box.append(paragraph);
+      if (open) box.lastChild.remove(); else box.append(paragraph(text, query));
     }}, "Show response");
     button.setAttribute("aria-label", `Response of ${name}, seed ${answer.p.seed}`);
     box.append(button);

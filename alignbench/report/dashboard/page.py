@@ -140,7 +140,7 @@ _PLOTS = (
     + _figure(
         "dual",
         "Multipliers and constraint gap",
-        '<p class="row"><label for="course">Method</label> <select id="course"></select></p>\n',
+        '<p class="row"><label for="course">Method and threshold</label> <select id="course"></select></p>\n',
         ("-multiplier", "-gap"),
     )
 )
@@ -240,7 +240,7 @@ def _generations(content: Content) -> str:
         facts += ", which holds as many prompts as fit and the same ones for every run"
     if texts.cut:
         facts += f"; {texts.cut} texts are cut after {LONGEST:,} characters"
-    facts += ". Every response of a run is in the store."
+    facts += ". A run's other responses are in the store."
     return f"""<section aria-labelledby="generations-heading">
 <h2 id="generations-heading">Responses side by side</h2>
 <p>{escape(facts)}</p>
