@@ -159,7 +159,7 @@ def test_a_sweep_over_thresholds_repeats_only_what_hangs_on_them(tmp_path: Path)
     assert repeated("method.beta_over_lambda=[0.5]") == rows
     # with the dual's multiplier the second step hangs on them too; the bank and the first step do not
     own = [f"{what} sacpo" for what in ("predict", "sample", "score", "log-probs", "log-probs of sft on")]
-    assert sorted(repeated()) == sorted(["dual", "prefer reward -> safety", *own, *rows])
+    assert sorted(repeated()) == sorted(["dual", "geometry of dual", "prefer reward -> safety", *own, *rows])
 
 
 @pytest.mark.parametrize(
