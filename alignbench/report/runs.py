@@ -34,7 +34,7 @@ _MEASURED_SETTINGS: dict[str, dict[str, Any]] = {
     "evaluate": {"split": str},
 }
 _MEASURED_IN_ROWS: dict[str, type] = {"policy": str, "metrics": dict}
-_JUDGED_SETTINGS: dict[str, dict[str, Any]] = {"evaluate": {"level": (int, float)}}
+_JUDGED_SETTINGS: dict[str, dict[str, Any]] = {"constraint": {"thresholds": list}, "evaluate": {"level": (int, float)}}
 _JUDGED_IN_ROWS: dict[str, type] = {"policy": str}
 _OF_CONSTRAINT: dict[str, Any] = {
     "requested_margin": (int, float), "achieved_margin": dict, "violation": dict,
@@ -89,7 +89,7 @@ def collect(folder: Path, *, thresholds: bool = False, measured: bool = False, j
     for path in paths:
         inside = path.parent != folder and path.is_relative_to(folder)
         name = str(path.parent.relative_to(folder)) if inside else path.parent.name
-        record, fault = _read(path, _Needs(thresholds or measured or judged, measured, judged))
+        record, fault = _read(path, _Needs(thresholds or measured, measured, judged))
         if record is None:
             notes.append(f"left out: {name}: {fault}")
             continue
