@@ -25,7 +25,7 @@ from alignbench.lab import Lab
 from alignbench.methods import METHODS, find_method
 from alignbench.plan import START_SECONDS, PlanLab, check_fits, graph_of, memory_limit, seconds_of, show_union, union_of
 from alignbench.record import read_records
-from alignbench.run import execute
+from alignbench.run import _geometries, execute
 from alignbench.stages.policies import PreferSpec
 from alignbench.stages.stage import Estimate, Facts, Runtime, training_cost
 from alignbench.store import Store
@@ -63,6 +63,7 @@ def walk(kind: type[PlanLab], composed: DictConfig) -> PlanLab:
     outcome = find_method(method.name).recipe(lab, problem, method)
     for name, policy in ({"sft": lab.reference()} | outcome.policies).items():
         lab.evaluate(policy, problem, label=name)
+    _geometries(lab)
     return lab
 
 
@@ -158,7 +159,7 @@ def test_a_sweep_over_thresholds_repeats_only_what_hangs_on_them(tmp_path: Path)
     assert repeated("method.beta_over_lambda=[0.5]") == rows
     # with the dual's multiplier the second step hangs on them too; the bank and the first step do not
     own = [f"{what} sacpo" for what in ("predict", "sample", "score", "log-probs", "log-probs of sft on")]
-    assert sorted(repeated()) == sorted(["dual", "prefer reward -> safety", *own, *rows])
+    assert sorted(repeated()) == sorted(["dual", "geometry of dual", "prefer reward -> safety", *own, *rows])
 
 
 @pytest.mark.parametrize(

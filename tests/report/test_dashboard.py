@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sys
 from html.parser import HTMLParser
@@ -200,6 +201,25 @@ def test_a_metric_that_is_no_number_for_one_method(tmp_path: Path) -> None:
     assert "reward" in by_name["mocan"]["v"]
     assert "reward" not in by_name["sacpo"]["v"]
     assert "no number for reward" in notes(reader)
+
+
+def test_runs_without_scores(tmp_path: Path) -> None:
+    folder = write_one(tmp_path, "mocan")
+    record = json.loads((folder / "record.json").read_text())
+    for row in record["rows"].values():
+        row["metrics"] = {name: value for name, value in row["metrics"].items() if name in ("kl", "length")}
+        row["constraints"] = {}
+    table = [json.loads(line) for line in (folder / "per_prompt.jsonl").read_text().splitlines()]
+    text = "".join(json.dumps({k: v for k, v in row.items() if k not in ("reward", "safety")}) + "\n" for row in table)
+    (folder / "per_prompt.jsonl").write_text(text)
+    record["per_prompt"]["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (folder / "record.json").write_text(json.dumps(record))
+    _, reader = made(tmp_path)
+    (data,) = json.loads(reader.data)["groups"]
+    assert data["best"] == []
+    assert data["fronts"] == {}
+    assert [point["v"] for point in data["means"]] == [{}, {}]
+    assert "Methods" in reader.text  # KL and length are there
 
 
 def test_groups_that_cannot_be_compared_stay_apart(tmp_path: Path) -> None:

@@ -233,7 +233,7 @@ CLAIMS = (
         (Part("reward, helpful first - safe first", _difference("reward", "helpful first", "safe first"), "same"),
          Part("safety, helpful first - safe first", _difference("utility", "helpful first", "safe first"), "same")),
         ("stated beta/lambda", "safe first"),
-        note="true of exact optima; the paper's own Table 3 has .627/.793 against .428/.696 at .01",
+        note="true of exact optima; in the paper's own Table 3 orders differ at .01 (report published, sacpo/table3)",
     ),
     Claim(
         "sacpo-optimal", SACPO, "Theorem 1",

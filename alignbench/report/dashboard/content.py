@@ -341,8 +341,10 @@ def _seeds(entry: Entry) -> str:
 
 
 def _best(group: Group) -> list[dict[str, Any]]:
-    """The constrained best of every choice of thresholds."""
-    found = []
+    """The constrained best of every choice of thresholds; none where nothing was scored."""
+    found: list[dict[str, Any]] = []
+    if not any("reward" in entry.values for entry in group.entries):
+        return found
     for index, thresholds in enumerate(group.asked):
         winner = constrained_best(group, [entry for entry in group.at(thresholds) if entry.thresholds])
         line: dict[str, Any] = {"t": index}

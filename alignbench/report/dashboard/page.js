@@ -376,7 +376,7 @@ function glance() {
     Object.entries(b.slack).forEach(([u, value]) => card.append(estimate(`${u} slack`, value)));
     return card;
   });
-  $("best").replaceChildren(...(cards.length ? cards : [make("p", {}, "These runs stand in no mean, so none is called the best: see the notes above.")]));
+  $("best").replaceChildren(...(cards.length ? cards : [make("p", {}, "None of these runs is called the best: that takes scores, and values per prompt to compare on (see the notes above).")]));
 }
 
 function value(cell) {
