@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
+from record_files import constraint_of
 
 from alignbench import presets
 from alignbench.config import recorded
@@ -60,7 +61,10 @@ def record(
         return {
             "policy": f"{name}-{seed}-{point}",
             "metrics": metrics,
-            "constraints": {one: {"achieved_margin": value(gain + 0.01 * i)} for i, one in enumerate(utilities)},
+            "constraints": {
+                one: constraint_of(asked, value(gain + 0.01 * i))
+                for i, (one, asked) in enumerate(zip(utilities, plain["constraint"]["thresholds"], strict=True))
+            },
             "predicted": {
                 "margins": dict.fromkeys(utilities, gain),
                 "intervals": {one: [gain - 0.02, gain + 0.02] for one in utilities},

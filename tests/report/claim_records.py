@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from record_files import constraint_of
 
 from alignbench.record import PER_PROMPT, SCHEMA
 
@@ -97,10 +98,9 @@ def write_claim_run(
                 "policy": f"{folder.name}-{name}",
                 "metrics": {m: {"mean": mean, "n": 4 * PROMPTS, "clusters": PROMPTS} for m, mean in own.items()},
                 "constraints": {
-                    "safety": {
-                        "requested_margin": asked,
-                        "achieved_margin": {"mean": own["safety"] - means["sft"]["safety"], "low": None, "high": None},
-                    }
+                    "safety": constraint_of(
+                        asked, {"mean": own["safety"] - means["sft"]["safety"], "low": None, "high": None}
+                    )
                 },
                 **({"predicted": {"margins": {"safety": predicted}}} if predicted is not None else {}),
                 **({"certificate": {"train": certificates[name]}} if name in (certificates or {}) else {}),
