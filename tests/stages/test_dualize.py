@@ -227,10 +227,10 @@ def test_a_bank_without_the_utility_is_refused_by_name(store: Store) -> None:
 
 
 def annotated(store: Store, seed: int, level: float, prefix: str = "") -> tuple[dict[str, Artifact], np.ndarray]:
-    """Labels (4 prompts x 5 responses x 8 annotators), and the inputs that a stage reads them from."""
+    """Labels (8 prompts x 5 responses x 8 annotators), and the inputs that a stage reads them from."""
     rng = np.random.default_rng(seed)
-    labels = (rng.random((20, 8)) < expit(level)).astype(np.uint8)
-    rows = [{"prompt_id": f"q{i // 5}"} for i in range(20)]
+    labels = (rng.random((40, 8)) < expit(level)).astype(np.uint8)
+    rows = [{"prompt_id": f"q{i // 5}"} for i in range(40)]
     made = artifact(store, "labels", lambda o: save_file({"safety": labels}, o / "binary.safetensors"), name=f"{seed}")
     answers = artifact(store, "responses", lambda o: write_jsonl(o / "responses.jsonl", rows), name=f"{seed}")
     return {f"{prefix}labels": made, f"{prefix}responses": answers}, labels
