@@ -1,10 +1,23 @@
 #!/usr/bin/env bash
-# Every method so far on the embedded benchmark, three seeds: one table, one picture. (Timed on 2 cores: safe-only DPO and
-# SACPO on three seeds, about 12 minutes beside other work; the whole was not timed.) Stages that runs
-# share (SFT, pairs, reference log-probs, the helpful policy) are computed once.
+# All methods on the embedded benchmark over five thresholds and three seeds, from an empty store to the report: tables,
+# pictures and one page to filter and search. Two sweeps side by side, of one thread each, on one store; they begin with
+# different seeds, so that neither waits for what the other makes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 out=${OUT:-outputs/head_to_head}
-"$python" main.py -m output_dir="$out" method=sft,dpo_helpful,dpo_safe,sacpo,p_sacpo seed=0,1,2 "$@"
-"$python" -m alignbench.report "$out"
+grid='[-0.2],[0.0],[0.1],[0.2],[0.4]'
+sweep() { "$python" main.py -m output_dir="$out" hardware.threads=1 "$@"; }
+
+sweep seed=2,1,0 method=mocaid,pecaid constraint.thresholds="$grid" "$@" &
+iterated=$! status=0
+sweep seed=0,1,2 method=sacpo,mocan,pecan,pd_dpo constraint.thresholds="$grid" "$@" || status=$?
+sweep seed=0,1,2 method=sft,dpo_helpful,dpo_safe,naive_merge,p_sacpo "$@" || status=$?
+wait "$iterated" || status=$?
+
+# a plan makes no records
+case " $* " in *" plan=true "*) exit "$status" ;; esac
+"$python" -m alignbench.report compare "$out"
+"$python" -m alignbench.report plots "$out"
+"$python" -m alignbench.report dashboard "$out"
+exit "$status"
