@@ -41,7 +41,7 @@ CSV = Path(__file__).resolve().parents[3] / "shared" / "data" / "truthfulqa" / "
 
 def spec(form="qa", preamble="", **lengths):
     tokens = TokenSpec("plain", **({"max_length": 64, "max_prompt_length": 48} | lengths))
-    return TruthfulQASpec("x", form, preamble, tokens, "fp32", 0.95, 200)
+    return TruthfulQASpec("x", form, preamble, tokens, "fp32", 0.95)
 
 
 def measured(tmp_path, rows, the_spec, seed=0, positions=64):
