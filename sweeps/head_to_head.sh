@@ -11,6 +11,7 @@ sweep() { "$python" main.py -m output_dir="$out" hardware.threads=1 "$@"; }
 
 sweep seed=2,1,0 method=mocaid,pecaid constraint.thresholds="$grid" "$@" &
 iterated=$! status=0
+trap 'kill "$iterated" 2>/dev/null || true' EXIT # a job in the background does not hear Ctrl-C
 sweep seed=0,1,2 method=sacpo,mocan,pecan,pd_dpo constraint.thresholds="$grid" "$@" || status=$?
 sweep seed=0,1,2 method=sft,dpo_helpful,dpo_safe,naive_merge,p_sacpo "$@" || status=$?
 wait "$iterated" || status=$?
