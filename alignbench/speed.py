@@ -1,10 +1,9 @@
 """Seconds of a plan's stages on this machine: short pieces of their work, run by the engine itself and timed.
 
-A stage's time is its pieces' times, each as often as it comes: optimiser steps, passes of log-probs, batches of
-answers.
-A piece runs on a model of random weights and the stage's shape, in a process of its own; what it took is kept per
-machine in the user's cache (`ALIGNBENCH_CACHE`), so a second plan measures nothing. Of a piece that is large a part is
-run, and of a model that is large the first two blocks; both are made up for in proportion.
+A stage's time is its pieces' times, each as often as it comes: optimiser steps, log-probs, batches of answers. A piece
+runs on a model of random weights and the stage's shape, in a process of its own; what it took is kept per machine in the user's cache (`ALIGNBENCH_CACHE`), so a second plan measures nothing. Of a piece that is large a part is
+run (of a batch of answers two), and of a model that is large the first two blocks; what is missing is made up for in
+proportion.
 
     python -m alignbench.speed < REQUEST.json   (what `Speed` calls)
 """
@@ -225,7 +224,13 @@ def seconds_of(piece: Piece, hardware: HardwareConfig) -> float:
     group = 1 if piece.kind == "step" else piece.sequences
     part = max(1, min(piece.rows, int(piece.rows * _MOST[hardware.device] / piece.flops) // group * group))
     run = {"step": _steps, "forward": _forward, "sample": _sample}[piece.kind]
-    return run(replace(piece, rows=part), hardware) * piece.rows / part
+    took = run(replace(piece, rows=part), hardware)
+    fewer = part // 2 // group * group
+    if piece.kind == "sample" and part < piece.rows and fewer:
+        # a batch takes as many passes as its longest response, however few there are in it: only the rest grows
+        each = (took - run(replace(piece, rows=fewer), hardware)) / (part - fewer)
+        return took + (piece.rows - part) * max(0.0, each)
+    return took * piece.rows / part
 
 
 def _model(piece: Piece, hardware: HardwareConfig) -> Any:

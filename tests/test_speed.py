@@ -124,3 +124,10 @@ def test_a_sampled_piece_s_responses_end_by_chance_at_their_mean(mean: int, most
 def test_a_longer_limit_is_another_piece() -> None:
     short = PIECES[4]
     assert replace(short, most=32).key(HARDWARE) != short.key(HARDWARE)
+
+
+def test_a_large_batch_of_answers_is_measured_in_two_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "_sample", lambda piece, hardware: 2.0 + 0.01 * piece.rows)
+    large = Piece("sample", tiny.SHAPE, 6, 8, 4, 4)
+    large = replace(large, rows=int(50 * 3e10 / large.flops) * 4)
+    assert speed.seconds_of(large, HARDWARE) == pytest.approx(2.0 + 0.01 * large.rows)
