@@ -1,9 +1,9 @@
 """Seconds of a plan's stages on this machine: short pieces of their work, run by the engine itself and timed.
 
 A stage's time is its pieces' times, each as often as it comes: optimiser steps, log-probs, batches of answers. A piece
-runs on a model of random weights and the stage's shape, in a process of its own; what it took is kept per machine in the user's cache (`ALIGNBENCH_CACHE`), so a second plan measures nothing. Of a piece that is large a part is
-run (of a batch of answers two), and of a model that is large the first two blocks; what is missing is made up for in
-proportion.
+runs on a model of random weights and the stage's shape, in a process of its own; what it took is kept per machine in
+the user's cache (`ALIGNBENCH_CACHE`), so a second plan measures nothing. Of a piece that is large a part is run (of a
+batch of answers two), and of a model that is large the first two blocks; what is missing is made up for in proportion.
 
     python -m alignbench.speed < REQUEST.json   (what `Speed` calls)
 """
