@@ -20,7 +20,7 @@ from omegaconf import OmegaConf
 from alignbench.config import recorded
 from alignbench.record import portable
 from alignbench.report.published import Ours, PublishedTable, Row, same_key
-from alignbench.report.runs import Record, experiments_of, number
+from alignbench.report.runs import Record, configured, experiments_of, number
 from alignbench.report.thresholds import multiplier_of, over_seeds, predicted_margin, settings_of
 
 Measured = Mapping[str, Any]
@@ -165,7 +165,7 @@ def _places(ours: Ours, record: Record) -> Iterable[tuple[Run, dict[str, Any]]]:
     keys, values = dict(ours.keys), list[float]()
     own: dict[str, float] = {}
     for key, points in grid.items():
-        given = _at(record["config"], key)
+        given = configured(record["config"], key)
         at = next((i for i, point in enumerate(points) if point == given), None)
         stated = None if at is None else paper[key][at]
         if key in ours.where and not same_key(ours.where[key], stated):
@@ -207,13 +207,6 @@ def _changed(record: Record, base: Mapping[str, Any], told: Collection[str]) -> 
         if stated != given:
             found.append(f"{key}={own[key]}")
     return tuple(found)
-
-
-def _at(config: Mapping[str, Any], key: str) -> Any:
-    value: Any = config
-    for name in key.split("."):
-        value = value.get(name) if isinstance(value, Mapping) else None
-    return value
 
 
 def _plain(value: Any) -> Any:

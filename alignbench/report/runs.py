@@ -287,6 +287,14 @@ def by_problem(records: Sequence[Record]) -> dict[str, list[Record]]:
     return groups
 
 
+def configured(config: Mapping[str, Any], key: str) -> Any:
+    """What a record's configuration holds under a dotted key; None where there is no such key."""
+    value: Any = config
+    for name in key.split("."):
+        value = value.get(name) if isinstance(value, Mapping) else None
+    return value
+
+
 def number(value: Mapping[str, Any] | None) -> float | None:
     """The mean of a record's metric; None where it is absent or no number (a NaN reads as null)."""
     mean = None if value is None else value.get("mean")

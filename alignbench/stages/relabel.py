@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from alignbench.engine.runtime import derive_seed
-from alignbench.errors import ConfigError, DataError, InvariantError
+from alignbench.errors import DataError, InvariantError
 from alignbench.jsonio import write_json, write_jsonl
 from alignbench.problem import cost_from_utility, utility_from_cost
 from alignbench.stages.stage import Context, Estimate, Facts, Stage, register
@@ -18,12 +18,6 @@ from alignbench.worlds.annotate import sigmoid
 #: How a pair's label is made from a score difference.
 LABEL_KINDS = ("bernoulli", "argmax", "soft")
 LAGRANGIAN = "lagrangian"
-
-
-def check_kind(kind: str, where: str) -> None:
-    """Refuse an unknown way of labelling."""
-    if kind not in LABEL_KINDS:
-        raise ConfigError(f"labels = {kind!r}", where=where, mend=f"one of: {', '.join(LABEL_KINDS)}")
 
 
 @dataclass(frozen=True)

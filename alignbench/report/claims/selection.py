@@ -11,7 +11,7 @@ import numpy as np
 
 from alignbench.report.certificates import ONE_SHOT, certificate_of
 from alignbench.report.entries import asked
-from alignbench.report.runs import Record, Runs, Table, number, per_prompt
+from alignbench.report.runs import Record, Runs, Table, configured, number, per_prompt
 from alignbench.report.stats import FloatArray
 from alignbench.report.thresholds import settings_of, thresholds_of
 
@@ -48,9 +48,9 @@ class Role:
     def plays(self, record: Record) -> bool:
         """Whether a record is one of them."""
         config = record["config"]
-        if record["method"] != self.method or (self.varies is not None and _at(config, self.varies) is None):
+        if record["method"] != self.method or (self.varies is not None and configured(config, self.varies) is None):
             return False
-        return all(_at(config, key) == value for key, value in self.where.items())
+        return all(configured(config, key) == value for key, value in self.where.items())
 
     def point(self, record: Record) -> Point:
         """Where among the experiment's points the record stands."""
@@ -58,7 +58,7 @@ class Role:
             return ()
         if self.varies is None:
             return thresholds_of(record)
-        value = _at(record["config"], self.varies)
+        value = configured(record["config"], self.varies)
         return tuple(value) if isinstance(value, list) else (value,)
 
 
@@ -196,7 +196,7 @@ class At:
         """A number of the configuration, or the first of a list, (seeds, 1)."""
 
         def read(record: Record) -> Any:
-            value = _at(record["config"], key)
+            value = configured(record["config"], key)
             return value[0] if isinstance(value, list) else value
 
         return self.number(role, key, read)
@@ -329,13 +329,6 @@ def asked_of(point: Point) -> str:
         return asked(point)
     except (TypeError, ValueError):
         return ", ".join(map(str, point))
-
-
-def _at(config: Mapping[str, Any], key: str) -> Any:
-    value: Any = config
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, Mapping) else None
-    return value
 
 
 def _utility(record: Record) -> str:
