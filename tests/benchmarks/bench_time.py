@@ -1,12 +1,13 @@
 """The plan's times (alignbench/speed.py) against what the stages of real runs took.
 
-    python tests/benchmarks/bench_time.py [--only NAME]
+    python tests/benchmarks/bench_time.py [--only NAME] [--before FORMER_TIME.json]
 
 writes tests/benchmarks/results/time.json. Every configuration is a run of `method=dpo_helpful` on the embedded world,
 with a store and a cache of times of its own, in a process of its own: first its plan, which times pieces of the work,
 then the run. Compared are the stages that took half a second or more, and everything from the loading of the libraries
 to the last evaluation. Other work on the machine spoils both, and moves processor time much less: of
 runs with one thread there is also the ratio of the stage's processor time to pieces that were timed by that clock.
+With a former round's file it also says how far the same stages and plans are from themselves.
 Not collected by pytest.
 """
 
@@ -125,8 +126,24 @@ def compared(planned, took):
     return {"planned_s": planned, "took_s": took, "ratio": planned / took}
 
 
-def summary(found):
-    """What is kept of all configurations."""
+def between(found, before):
+    """How far a plan or a stage is from itself in an earlier round: no plan can be nearer to a stage than that."""
+    both = [
+        (stage, old)
+        for name, each in found.items()
+        for key, stage in each["stages"].items()
+        if (old := before.get(name, {}).get("stages", {}).get(key))
+    ]
+    result = {}
+    for what, words in (("took_s", "the_same_stage"), ("planned_s", "its_plan")):
+        ratios = sorted(stage[what] / old[what] for stage, old in both)
+        result[f"{words}_within_a_fifth"] = f"{sum(0.8 <= ratio <= 1.2 for ratio in ratios)} of {len(ratios)}"
+        result[f"{words}_lowest_and_highest_ratio"] = ratios[:: len(ratios) - 1]
+    return result
+
+
+def summary(found, before):
+    """What is kept of all configurations, and of their difference to an earlier round's."""
     stages = [stage for each in found.values() for stage in each["stages"].values()]
     ratios = [stage["ratio"] for stage in stages]
     processor = [stage["processor_ratio"] for stage in stages if "processor_ratio" in stage]
@@ -137,6 +154,7 @@ def summary(found):
         "stages_within_a_fifth_by_processor_time": f"{sum(0.8 <= r <= 1.2 for r in processor)} of {len(processor)}",
         "runs_within_a_fifth": f"{sum(0.8 <= ratio <= 1.2 for ratio in wholes)} of {len(wholes)}",
         "lowest_and_highest_ratio": [min(ratios), max(ratios)],
+        **({"between_rounds": between(found, before)} if before else {}),
         "configurations": found,
     }
 
@@ -146,11 +164,13 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="configurations whose name contains this")
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--before", type=Path, help="a former time.json, for the difference between two rounds")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
         print(json.dumps(child(json.loads(options.child))))
         return
+    before = json.loads(options.before.read_text())["configurations"] if options.before else {}
     found = json.loads(options.out.read_text())["configurations"] if options.out.exists() else {}
     for name, overrides in CONFIGURATIONS.items():
         if options.only in name:
@@ -160,7 +180,7 @@ def main():
                 print(
                     f"{name:15} {stage:40}", *(round(value, 2) for value in each.values()), file=sys.stderr, flush=True
                 )
-            options.out.write_text(json.dumps(summary(found), indent=2) + "\n")
+            options.out.write_text(json.dumps(summary(found, before), indent=2) + "\n")
 
 
 if __name__ == "__main__":
