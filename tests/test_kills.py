@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,12 @@ def test_every_value_counts_and_its_place_is_told() -> None:
     assert list(differences(0.1, 0.1 + 1e-16)) == [": 0.1 became 0.1000000000000001"]
 
 
+# every stage starts its ranks anew: of the benchmark's two runs the one with fewer stages
+SMALLER = replace(TWO_RANKS, overrides=tuple(o.replace("sft,dpo_helpful", "sft") for o in TWO_RANKS.overrides))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("sweep", "count"), [(ONE_PROCESS, 2), (TWO_RANKS, 1)], ids=["one-process", "two-ranks"])
+@pytest.mark.parametrize(("sweep", "count"), [(ONE_PROCESS, 2), (SMALLER, 1)], ids=["one-process", "two-ranks"])
 def test_a_killed_sweep_ends_with_the_undisturbed_numbers(tmp_path: Path, sweep: Sweep, count: int) -> None:
     for _, trial in trials(sweep, tmp_path, count, seed=1):
         assert trial.orphans == []
