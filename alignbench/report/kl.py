@@ -84,16 +84,7 @@ def low_variance_kl(
     off more slowly than ``exp(2 x)``: 75 to 90 %), since most samples do not show how far e reaches. Where one prompt
     makes half of the variance, ``method`` ends in `report.stats.MAY_BE_SHORT`; its absence proves nothing.
 
-    Args:
-        ratios: As for `k3`.
-        clusters: Prompt of each response, shape (n,).
-        level: Two-sided coverage.
-        resamples: Bootstrap draws.
-        seed: Of the draws.
-
-    Raises:
-        DataError: No rows, rows that are not finite, or lengths that differ.
-        ConfigError: A level or number of resamples out of range.
+    Arguments and errors are those of `k3_kl`.
     """
     sample = Sample.read(ratios, clusters, "ratios")
     x, e = sample.values, _control(sample.values)

@@ -221,15 +221,11 @@ def per_prompt(record: Record, folder: Path) -> tuple[Table | None, str]:
     Returns:
         The table and "", or None and why it cannot be used.
     """
-    stated = record.get("per_prompt")
-    if not isinstance(stated, Mapping):
-        return None, "no values per prompt (evaluated by an earlier version); the same command evaluates it again"
-    path = folder / str(stated["file"])
-    fault = _not_of_this_run(path, stated)
+    rows, fault = _beside(record, folder, "per_prompt", "values per prompt")
     if fault:
         return None, fault
     tables: dict[str, list[dict[str, Any]]] = {}
-    for row in read_jsonl(path):
+    for row in rows:
         tables.setdefault(row["row"], []).append(row)
     found: Table = {}
     for name, rows in tables.items():
@@ -251,28 +247,28 @@ def training_curves(record: Record, folder: Path) -> tuple[dict[str, list[dict[s
     Returns:
         The curves and "", or None and why there are none.
     """
-    stated = record.get("training")
-    if not isinstance(stated, Mapping):
-        return None, "no training curves (run by an earlier version); the same command writes them"
-    path = folder / str(stated["file"])
-    fault = _not_of_this_run(path, stated)
+    rows, fault = _beside(record, folder, "training", "training curves")
     if fault:
         return None, fault
     curves: dict[str, list[dict[str, float]]] = {}
-    for row in read_jsonl(path):
+    for row in rows:
         curves.setdefault(row.pop("stage"), []).append(row)
     return curves, ""
 
 
-def _not_of_this_run(path: Path, stated: Mapping[str, Any]) -> str:
-    """What is wrong with a file that lies beside a record; empty if nothing."""
+def _beside(record: Record, folder: Path, key: str, words: str) -> tuple[list[dict[str, Any]], str]:
+    """Rows of a file that lies beside a record and is named there under `key`; and what is wrong with it, or ""."""
+    stated = record.get(key)
+    if not isinstance(stated, Mapping):
+        return [], f"no {words} (made by an earlier version); the same command writes them"
+    path = folder / str(stated["file"])
     try:
         content = path.read_bytes()
     except OSError:
-        return f"{path.name} is missing; the same command writes it again"
+        return [], f"{path.name} is missing; the same command writes it again"
     if hashlib.sha256(content).hexdigest() != stated["sha256"]:
-        return f"{path.name} is damaged or of another run; the same command writes it again"
-    return ""
+        return [], f"{path.name} is damaged or of another run; the same command writes it again"
+    return read_jsonl(path), ""
 
 
 def by_problem(records: Sequence[Record]) -> dict[str, list[Record]]:

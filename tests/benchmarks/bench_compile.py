@@ -74,12 +74,7 @@ def main():
     """Run everything and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="pieces whose name contains this; the others are kept")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        print(json.dumps(child(json.loads(options.child))))
-        return
+    options = bench_tools.options(parser, RESULTS, child)
     found = json.loads(options.out.read_text())["pieces"] if options.out.exists() else {}
     for model in SHAPES:
         for kind in ("train", "forward"):

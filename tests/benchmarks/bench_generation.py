@@ -180,12 +180,7 @@ def main():
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--kinds", nargs="*", default=list(END_BIAS), choices=list(END_BIAS))
     parser.add_argument("--former", help="another checkout of this repository")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        print(json.dumps(child(json.loads(options.child))))
-        return
+    options = bench_tools.options(parser, RESULTS, child)
     found = {
         **bench_tools.machine("torch", "transformers"),
         "load_average": os.getloadavg()[0],

@@ -217,14 +217,9 @@ def main():
     """Measure everything and write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="configurations whose name contains this")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--again", action="store_true", help="measure nothing")
-    options = parser.parse_args()
     sys.path.insert(0, str(ROOT))
-    if options.child:
-        print(json.dumps(measured(json.loads(options.child))))
-        return
+    options = bench_tools.options(parser, RESULTS, measured)
     found = {}
     if options.again:
         specs = configurations()

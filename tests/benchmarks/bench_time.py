@@ -163,13 +163,8 @@ def main():
     """Measure, and write the JSON; what `--only` leaves out is kept as it is there."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="configurations whose name contains this")
-    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--before", type=Path, help="a former time.json, for the difference between two rounds")
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        print(json.dumps(child(json.loads(options.child))))
-        return
+    options = bench_tools.options(parser, RESULTS, child)
     before = json.loads(options.before.read_text())["configurations"] if options.before else {}
     found = json.loads(options.out.read_text())["configurations"] if options.out.exists() else {}
     for name, overrides in CONFIGURATIONS.items():

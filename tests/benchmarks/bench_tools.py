@@ -1,5 +1,6 @@
 """What several benchmarks share; not a benchmark itself."""
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -30,6 +31,17 @@ def llama(*, seed=0, vocabulary, hidden, inner, layers, heads, kv_heads=None, **
         **({"max_position_embeddings": 1024, "bos_token_id": None, "eos_token_id": 0, "pad_token_id": 1} | changes),
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
+
+
+def options(parser, results, child):
+    """The command line's options, `--out` among them; started by `in_child`, it does `child`'s work and ends here."""
+    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    found = parser.parse_args()
+    if found.child is not None:
+        print(json.dumps(child(found.child)))
+        raise SystemExit
+    return found
 
 
 def in_child(script, spec, *, python=sys.executable, threads=1, name="", **environment):

@@ -347,12 +347,7 @@ def main():
     parser.add_argument("--lora", action="store_true", help="rank-16 adapters on every matrix; needs --model")
     parser.add_argument("--trl-python", help="a Python that has TRL")
     parser.add_argument("--former", help="another checkout of this repository")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--child", help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.child:
-        print(json.dumps(child(json.loads(options.child))))
-        return
+    options = bench_tools.options(parser, RESULTS, child)
     needs = {"former": options.former, "trl": options.trl_python}
     engines = [name for name in options.engines if needs.get(name.split("_")[0], True)]
     found = {

@@ -396,7 +396,7 @@ def test_values_per_prompt_that_are_absent_or_damaged(tmp_path: Path) -> None:
     path = tmp_path / write_run(tmp_path, "cut")["run_id"] / PER_PROMPT
     path.write_text(path.read_text()[:-40])
     text = notes(tmp_path)
-    assert "old-0-0.2-0.5: no values per prompt (evaluated by an earlier version)" in text
+    assert "old-0-0.2-0.5: no values per prompt (made by an earlier version)" in text
     assert f"gone-0-0.2-0.5: {PER_PROMPT} is missing" in text
     assert f"cut-0-0.2-0.5: {PER_PROMPT} is damaged" in text
     assert [e.series for e in group(tmp_path).entries] == [REFERENCE, "good"]
