@@ -33,12 +33,18 @@ def register() -> None:
     ConfigStore.instance().store(name="base_config", node=Config)
     register_resolvers()
     OmegaConf.register_new_resolver("by_scale", by_scale, replace=True)
+    OmegaConf.register_new_resolver("by_lora", by_lora, replace=True)
     OmegaConf.register_new_resolver("run_id", lambda *, _root_: run_id(_root_), replace=True, use_cache=False)
 
 
 def by_scale(paper: Any, embedded: Any, *, _root_: DictConfig) -> Any:
     """`${by_scale:A,B}` in a preset: A as the paper states it, B in the embedded world (`scale=embedded`)."""
     return embedded if _root_.get("scale") == "embedded" else paper
+
+
+def by_lora(full: Any, adapters: Any, *, _root_: DictConfig) -> Any:
+    """`${by_lora:A,B}`: A where preference steps train all weights, B where they train adapters."""
+    return adapters if _root_.model.lora.rank > 0 else full
 
 
 @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")

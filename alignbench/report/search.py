@@ -1,13 +1,17 @@
-"""The result of a hyper-parameter search, from its records: `python -m alignbench.report.search FOLDER OUT.json`.
+"""The result of a hyper-parameter search, from its records.
 
-Every reported policy becomes one row: the settings that differ between the records, and the problem's own objective on
-validation prompts, E r - beta KL, as a gain over the reference.
+    python -m alignbench.report.search FOLDER OUT.json [OVERRIDE ...]
+
+The overrides are those that all runs of the search had (`model=handbook_llama_lora`): what was chosen is read off conf/
+with them. Every reported policy becomes one row: the settings that differ between the records, and the problem's own
+objective on validation prompts, E r - beta KL, as a gain over the reference.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,11 +67,11 @@ def _differing(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return sorted(key for key in rows[0] if len({str(row.get(key)) for row in rows}) > 1)
 
 
-def defaults_of(method: str, keys: list[str]) -> dict[str, Any]:
+def defaults_of(method: str, keys: list[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The values of `keys` in conf/ for a method: what was settled on."""
     register()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        composed = hydra.compose("config", overrides=[f"method={method}"])
+        composed = hydra.compose("config", overrides=[f"method={method}", *overrides])
     found = {key: OmegaConf.select(composed, key) for key in keys}
     return {
         key: OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
@@ -99,12 +103,12 @@ def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def main(arguments: list[str]) -> int:
     """Entry point; returns the exit status."""
-    if len(arguments) != 2:
+    if len(arguments) < 2:
         print(__doc__, file=sys.stderr)
         return 2
-    folder, out = map(Path, arguments)
+    folder, out, overrides = Path(arguments[0]), Path(arguments[1]), arguments[2:]
     try:
-        atomic_write_json(out, summarise(read_records(folder), defaults_of))
+        atomic_write_json(out, summarise(read_records(folder), partial(defaults_of, overrides=overrides)))
     except AlignbenchError as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return 2
