@@ -564,9 +564,14 @@ def _inverse(hessian: np.ndarray, free: np.ndarray) -> np.ndarray:
 
 
 def _sandwich(point: _Point, hessian: np.ndarray, free: np.ndarray) -> np.ndarray:
-    """Covariance (m, m) of the multipliers over draws of the prompts; NaN on the diagonal of fixed ones."""
-    inverse = _inverse(hessian, free)
-    covariance = inverse @ np.cov(point.gains.T, ddof=0).reshape(inverse.shape) @ inverse / len(point.gains)
+    """Covariance (m, m) of the multipliers over draws of the prompts; NaN on the diagonal of fixed ones.
+
+    One prompt says nothing of the others: NaN.
+    """
+    inverse, prompts = _inverse(hessian, free), len(point.gains)
+    if prompts == 1:
+        return np.full(inverse.shape, np.nan)
+    covariance = inverse @ np.cov(point.gains.T).reshape(inverse.shape) @ inverse / prompts
     covariance[~free, ~free] = np.nan
     return covariance
 

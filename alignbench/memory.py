@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from alignbench.architecture import GPT_NEOX
 from alignbench.config import ArchitectureConfig, LoraConfig
 from alignbench.hardware import HardwareConfig
 
@@ -29,6 +30,11 @@ _OWN_PAGES = 32 * 2**20
 _EIGHT_BIT_BLOCK = 256
 #: Gradients that DeepSpeed 0.19 reduces at once, at most, and parameters that ZeRO-3 keeps gathered: its defaults.
 _BUCKET, _LIVE = 500_000_000, 1e9
+#: What the linear modules of a block read, where it is not what attention reads.
+_INPUTS = {
+    **{"o_proj": "output", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "down"},
+    **{"dense": "output", "dense_h_to_4h": "mlp", "dense_4h_to_h": "down"},
+}
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,8 @@ class Widths:
         query: Heads times their width.
         value: Key-value heads times their width.
         vocabulary: Logits per position.
+        neox: GPT-NeoX's blocks: a plain feed-forward layer, one matrix for query, key and value, one input for both
+            norms.
     """
 
     layers: float
@@ -50,6 +58,7 @@ class Widths:
     query: float
     value: float
     vocabulary: float
+    neox: bool = False
 
 
 def widths_of(shape: ArchitectureConfig | None, parameters: float) -> Widths:
@@ -66,6 +75,7 @@ def widths_of(shape: ArchitectureConfig | None, parameters: float) -> Widths:
         head * shape.heads,
         head * shape.kv_heads,
         shape.vocab_size,
+        shape.family == GPT_NEOX,
     )
 
 
@@ -186,17 +196,19 @@ def _saved_per_token(widths: Widths, lora: LoraConfig | None) -> float:
     """Numbers that autograd saves per token and block.
 
     A norm saves its input and, for its weight, the normed input; a linear layer its input, for its weight; attention
-    query, key, value and result; the gated feed-forward gate, its activation, and up. Frozen weights save nothing,
-    adapters the input of the layers that they sit in.
+    query, key, value (GPT-NeoX: within the product of its one matrix) and result; a gated feed-forward layer gate, its
+    activation, and up, a plain one what its activation is of. Frozen weights save nothing, adapters the input of the
+    layers that they sit in.
     """
     repeated = widths.query if widths.value < widths.query else widths.value  # grouped keys are repeated
     attention = 2 * widths.query + 2 * repeated
     always = 2 * widths.hidden + attention + 3 * widths.inner
+    if widths.neox:
+        always = widths.hidden + attention + 2 * widths.query + widths.inner
     inputs = {"attention": widths.hidden, "output": widths.query, "mlp": widths.hidden, "down": widths.inner}
     if lora is None:
         return always + 2 * widths.hidden + sum(inputs.values())
-    named = {"o_proj": "output", "gate_proj": "mlp", "up_proj": "mlp", "down_proj": "down"}
-    adapted = {named.get(target, "attention") for target in lora.targets}
+    adapted = {_INPUTS.get(target, "attention") for target in lora.targets}
     dropped = 2 if lora.dropout else 1  # a dropped-out copy for every adapter
     return always + dropped * sum(inputs[name] for name in adapted)
 
@@ -204,8 +216,9 @@ def _saved_per_token(widths: Widths, lora: LoraConfig | None) -> float:
 def _adapted_outputs(widths: Widths, lora: LoraConfig) -> float:
     """Numbers per token and block that the layers with adapters put out."""
     outputs = {
-        **{"q_proj": widths.query, "k_proj": widths.value, "v_proj": widths.value, "o_proj": widths.hidden},
-        **{"gate_proj": widths.inner, "up_proj": widths.inner, "down_proj": widths.hidden},
+        **{"q_proj": widths.query, "k_proj": widths.value, "v_proj": widths.value},
+        **{"query_key_value": 3 * widths.query, "gate_proj": widths.inner, "up_proj": widths.inner},
+        **{"dense_h_to_4h": widths.inner},
     }
     return sum(outputs.get(target, widths.hidden) for target in lora.targets)
 

@@ -95,8 +95,13 @@ def test_a_guessed_shape_has_about_the_weights_that_it_was_guessed_from() -> Non
     assert widths.layers * per_layer == pytest.approx(7e9, rel=0.1)
 
 
-@pytest.mark.parametrize("adapters", [None, bench.ADAPTERS, bench.EVERYWHERE], ids=["full", "attention", "everywhere"])
-@pytest.mark.parametrize("model", ["1M", "30M"])
+@pytest.mark.parametrize(
+    ("model", "adapters"),
+    [
+        *((model, adapters) for model in ("1M", "30M") for adapters in (None, bench.ADAPTERS, bench.EVERYWHERE)),
+        *(("12M NeoX", adapters) for adapters in (None, bench.NEOX, bench.NEOX_EVERYWHERE)),
+    ],
+)
 def test_what_autograd_saves_is_what_is_counted(
     model: str, adapters: dict | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -106,7 +111,7 @@ def test_what_autograd_saves_is_what_is_counted(
     if hasattr(Patched, "linear_bk"):
         monkeypatch.setattr(torch.nn.functional, "linear", Patched.linear_bk)
     torch.manual_seed(0)
-    policy = bench.llama(model)
+    policy = bench.policy_of(model)
     lora = None if adapters is None else LoraConfig(**adapters)
     if lora is not None:
         policy = add_lora(policy, lora, 0)

@@ -187,7 +187,7 @@ def _say(problem: Problem, multipliers: np.ndarray, prediction: dual.Prediction,
 DUAL = register(
     Stage(
         "dual",
-        1,
+        2,
         "multipliers",
         DualSpec,
         _dual,
@@ -294,7 +294,7 @@ def _write_slack(ctx: Context, slack: dict[str, Any], means: dict[str, float] | 
 SLACK = register(
     Stage(
         "slack",
-        1,
+        2,
         "slack",
         SlackSpec,
         _slack,
@@ -374,7 +374,7 @@ def _prompts(responses: Artifact) -> np.ndarray:
 COST = register(
     Stage(
         "cost",
-        1,
+        2,
         "slack",
         CostSpec,
         _cost,
@@ -478,7 +478,7 @@ def _predict(ctx: Context) -> None:
 PREDICT = register(
     Stage(
         "predict",
-        1,
+        2,
         "prediction",
         PredictSpec,
         _predict,

@@ -54,7 +54,7 @@ def _geometry(ctx: Context) -> None:
 GEOMETRY = register(
     Stage(
         "geometry",
-        1,
+        2,
         "geometry",
         GeometrySpec,
         _geometry,

@@ -408,7 +408,7 @@ def _assess(ctx: Context) -> None:
 ASSESS = register(
     Stage(
         "assess",
-        1,
+        2,
         "assessment",
         AssessSpec,
         _assess,

@@ -2,11 +2,11 @@
 
     python tests/benchmarks/bench_memory.py
 
-writes tests/benchmarks/results/memory.json. Every configuration is a process of its own that loads a Llama of random
+writes tests/benchmarks/results/memory.json. Every configuration is a process of its own that loads a model of random
 weights from a folder and trains it (engine.train: DPO), takes log-probs (engine.logprobs) or samples (engine.generate).
 Its peak resident set, imports included, is compared with the estimate. Memory does not depend on the machine's load.
-`--again` puts new estimates beside the measurements that are there. Not collected by pytest; tests/test_memory.py has
-a few of the configurations.
+`--only NAME` keeps the others' figures; `--again` puts new estimates beside the measurements that are there. Not
+collected by pytest; tests/test_memory.py has a few of the configurations.
 """
 
 import argparse
@@ -22,17 +22,20 @@ HERE = Path(__file__).resolve()
 ROOT = HERE.parents[2]
 RESULTS = HERE.parent / "results/memory.json"
 
-# vocabulary, hidden, intermediate, layers, heads, key-value heads, tied
+# vocabulary, hidden, intermediate, layers, heads, key-value heads, tied, family
 SHAPES = {
-    "1M": (1024, 128, 352, 4, 4, 4, True),
-    "7M": (8192, 256, 688, 6, 8, 8, True),
-    "30M": (16384, 512, 1376, 5, 8, 4, False),
+    "1M": (1024, 128, 352, 4, 4, 4, True, "llama"),
+    "7M": (8192, 256, 688, 6, 8, 8, True, "llama"),
+    "30M": (16384, 512, 1376, 5, 8, 4, False, "llama"),
+    "12M NeoX": (8192, 256, 1024, 6, 8, 8, False, "gpt_neox"),
 }
 HARDWARE = {
     "device": "cpu", "dtype": "fp32", "zero_stage": 0, "attention": "packed_sdpa", "micro_batch": 10**6,
     "micro_tokens": 1000, "eval_batch": 10**6, "eval_tokens": 8192, "logits_mib": 256, "generation_batch": 128,
     "checkpoint_every": 10**6, "flops_per_second": 1e9,
 }  # fmt: skip
+NEOX = {"rank": 8, "targets": ["query_key_value"]}
+NEOX_EVERYWHERE = {"rank": 8, "targets": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]}
 ADAPTERS = {"rank": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj"]}
 EVERYWHERE = {"rank": 8, "targets": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]}
 PROMPT, RESPONSE, NEW = 40, 80, 96
@@ -43,7 +46,7 @@ def configurations():
     found = {}
     for model in SHAPES:
         for tokens in (1000,) if model == "30M" else (1000, 4000):
-            for lora, adapters in (("full", None), ("lora", ADAPTERS)):
+            for lora, adapters in (("full", None), ("lora", NEOX if model.endswith("NeoX") else ADAPTERS)):
                 for checkpointing in (False, True):
                     name = f"train {model} {lora} {tokens}" + (" checkpointing" if checkpointing else "")
                     found[name] = {"what": "train", "model": model, "lora": adapters, "hardware": {
@@ -69,8 +72,8 @@ def configurations():
 def shape_of(model):
     from alignbench.config import ArchitectureConfig
 
-    vocabulary, hidden, inner, layers, heads, kv_heads, tied = SHAPES[model]
-    return ArchitectureConfig(vocabulary, hidden, inner, layers, heads, kv_heads, 1024, tied)
+    *widths, tied, family = SHAPES[model]
+    return ArchitectureConfig(*widths, 1024, tied, family=family)
 
 
 def hardware_of(spec):
@@ -170,16 +173,19 @@ def measured(spec):
 
 def build(model, folder):
     """A folder with random weights of that shape."""
-    llama(model).save_pretrained(folder)
+    policy_of(model).save_pretrained(folder)
 
 
-def llama(model):
-    """A Llama of that shape with random weights."""
-    vocabulary, hidden, inner, layers, heads, kv_heads, tied = SHAPES[model]
-    return bench_tools.llama(
-        vocabulary=vocabulary, hidden=hidden, inner=inner, layers=layers, heads=heads, kv_heads=kv_heads,
-        tie_word_embeddings=tied,
-    )  # fmt: skip
+def policy_of(model):
+    """A model of that shape with random weights."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from alignbench.architecture import transformers_config
+
+    torch.manual_seed(0)
+    config = transformers_config(shape_of(model), bos_token_id=None, eos_token_id=0, pad_token_id=1)
+    return AutoModelForCausalLM.from_config(config).eval()
 
 
 def run(**spec):
@@ -220,10 +226,10 @@ def main():
     parser.add_argument("--again", action="store_true", help="measure nothing")
     sys.path.insert(0, str(ROOT))
     options = bench_tools.options(parser, RESULTS, measured)
-    found = {}
+    found = json.loads(options.out.read_text())["configurations"] if options.out.exists() else {}
     if options.again:
         specs = configurations()
-        for name, each in json.loads(options.out.read_text())["configurations"].items():
+        for name, each in found.items():
             found[name] = compared(specs[name], each["before_mib"] * 2**20, each["measured_mib"] * 2**20)
         options.out.write_text(json.dumps(summary(found), indent=2) + "\n")
         return
