@@ -270,7 +270,7 @@ class Solution(Record):
 
     ``kkt_residual`` is the largest entry of ``x - clip(x - gradient / s)``, ``x = lambda s / beta``: dimensionless, the
     same for rescaled scores. ``identified`` says that the minimiser is the only one (Theorem 1 (iii)); if not, it may
-    move along ``null_directions`` (largest entry 1). ``standard_errors`` as in ``delta_interval``, NaN at a bound.
+    move along ``null_directions`` (largest entry 1). ``standard_errors``: sandwich ``H^-1 S H^-1 / K``, NaN at a bound.
     """
 
     names: tuple[str, ...]

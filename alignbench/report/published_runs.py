@@ -249,9 +249,9 @@ def _measured(record: Record, policy: str, measure: str) -> Measured | None:
 
 
 def _with_interval(multiplier: Measured | None, record: Record, utility: str) -> Measured | None:
-    """A multiplier that is the dual's solution, with the dual's bootstrap interval."""
+    """A multiplier that is the dual's solution, with the dual's jackknife interval."""
     dual = (record["outcome"].get("diagnostics") or {}).get("dual") or {}
-    solution, intervals = dual.get("solution"), (dual.get("intervals") or {}).get("bootstrap")
+    solution, intervals = dual.get("solution"), (dual.get("intervals") or {}).get("jackknife")
     if multiplier is None or not solution or not intervals or utility not in solution["names"]:
         return multiplier
     solved = solution["multipliers"][solution["names"].index(utility)]
@@ -259,7 +259,7 @@ def _with_interval(multiplier: Measured | None, record: Record, utility: str) ->
         return multiplier  # stated, or stepped to since
     low, high = intervals["multipliers"][utility]
     clusters = {"clusters": dual.get("prompts"), "n": dual.get("responses")}
-    return {**multiplier, "low": low, "high": high, "level": intervals["level"], "method": "bootstrap"} | clusters
+    return {**multiplier, "low": low, "high": high, "level": intervals["level"], "method": "jackknife"} | clusters
 
 
 def _contest(record: Record, policy: str, criterion: str) -> Measured | None:

@@ -132,7 +132,7 @@ def _dual(ctx: Context) -> None:
             "responses": int(np.isfinite(bank.log_weights).sum()),
             "solution": solution.to_dict(),
             "prediction": prediction.to_dict(),
-            "intervals": _intervals(ctx, spec, bank, margins, solution),
+            "intervals": _intervals(ctx, spec, bank, margins),
         },
     )
     _say(problem, multipliers, prediction, solution)
@@ -159,14 +159,13 @@ def _by_gradient(
     return path.multipliers[-1]
 
 
-def _intervals(
-    ctx: Context, spec: DualSpec, bank: dual.Bank, margins: np.ndarray, solution: dual.Solution
-) -> dict[str, Any]:
-    """Delta-method and bootstrap intervals of lambda* and of the predicted margin, over prompts."""
-    beta, seed = spec.problem.beta, derive_seed(ctx.seed, "dual")
+def _intervals(ctx: Context, spec: DualSpec, bank: dual.Bank, margins: np.ndarray) -> dict[str, Any]:
+    """Jackknife and bootstrap intervals of lambda* and of the predicted margin, over prompts."""
+    again = dual_intervals.Reweighted(bank, spec.problem.beta, margins)
+    seed = derive_seed(ctx.seed, "dual")
     return {
-        "delta": dual_intervals.delta_interval(bank, beta, solution, spec.level).to_dict(),
-        "bootstrap": dual_intervals.bootstrap_interval(bank, beta, margins, spec.resamples, spec.level, seed).to_dict(),
+        "jackknife": dual_intervals.jackknife_interval(again, spec.level).to_dict(),
+        "bootstrap": dual_intervals.bootstrap_interval(again, spec.resamples, spec.level, seed).to_dict(),
     }
 
 

@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from alignbench.dual import Bank, Solution, evaluate, solve, solve_path  # noqa: E402
 from alignbench.dual_descent import projected_gradient, released_schedule  # noqa: E402
-from alignbench.dual_intervals import bootstrap_interval, delta_interval  # noqa: E402
+from alignbench.dual_intervals import Reweighted, bootstrap_interval, jackknife_interval  # noqa: E402
 
 PROMPTS, RESPONSES, BETA = 1000, 128, 0.1
 
@@ -56,8 +56,9 @@ def measure(m, repeat):
     evaluate(bank, BETA, margins, margins)
     evaluate_s, _ = timed(lambda: evaluate(bank, BETA, margins, margins), 10 * repeat)
     solve_s, found = timed(lambda: solve(bank, BETA, margins), repeat)
-    delta_s, _ = timed(lambda: delta_interval(bank, BETA, found), repeat)
-    bootstrap_s, _ = timed(lambda: bootstrap_interval(bank, BETA, margins, resamples=200), 1)
+    again = Reweighted(bank, BETA, margins)
+    jackknife_s, _ = timed(lambda: jackknife_interval(again), 1)
+    bootstrap_s, _ = timed(lambda: bootstrap_interval(again, resamples=200), 1)  # without the jackknife's part
     gradient_s, descent = timed(lambda: projected_gradient(bank, BETA, margins, iterations=200), 1)
     figures = {
         "utilities": m,
@@ -69,7 +70,7 @@ def measure(m, repeat):
         "path_solved": len(solved),
         "path_converged": sum(entry.converged for entry in solved),
         "path_iterations": sum(entry.iterations for entry in solved),
-        "delta_interval_s": delta_s,
+        "jackknife_s": jackknife_s,
         "bootstrap_200_s": bootstrap_s,
         "projected_gradient_200_s": gradient_s,
         "projected_gradient_error": float(np.abs(descent.multipliers[-1] - found.multipliers).max()),

@@ -24,7 +24,8 @@ each test (0.3 to 0.6 points), so a kind that were at the border would be seen. 
     over seeds only (Student)         here: test_means_over_seeds_cover          3 and 5 seeds
     win, tie, loss; order; agreement  judging/test_verdicts.py                   64 prompts, both orders
     Bradley-Terry ratings             judging/test_ratings.py                    3 policies, 64 prompts
-    multiplier, predicted margin      test_dual.py                               100 prompts, delta; bootstrap agrees
+    multiplier, predicted margin      test_dual.py: test_jackknife_*,            8, 16, 50 prompts; bootstrap 50
+                                      test_bootstrap_*
 
 A violation's interval is the achieved margin's, reflected and cut at 0, so it covers whenever that one does. Two seeds
 have their smallest and largest value, which is said and is no 95 % interval. SACPO's Elo has a spread over orders.

@@ -194,7 +194,7 @@ def test_a_multiplier_that_the_dual_solved_has_the_dual_s_interval() -> None:
             "prompts": 400,
             "responses": 25600,
             "solution": {"names": ["safety"], "multipliers": [0.7]},
-            "intervals": {"bootstrap": {"level": 0.95, "multipliers": {"safety": [0.6, 0.85]}}},
+            "intervals": {"jackknife": {"level": 0.95, "multipliers": {"safety": [0.6, 0.85]}}},
         }
     }
     assert cells(section("can/figure1", one), "0.5")["ours: lambda*"] == "0.700 [0.600, 0.850]"
