@@ -379,7 +379,7 @@ def test_jackknife_intervals_cover(prompts, least):
 @pytest.mark.slow
 def test_bootstrap_intervals_cover():
     inside = covered(FEWEST_RESAMPLED, 300, bootstrap_interval)
-    # 300 runs of 200 draws are a dozen seconds; so few have a simulation error of 1.3 points, and three of it are allowed
+    # 300 runs take a dozen seconds; so few have a simulation error of 1.3 points, and three of it are allowed
     assert (abs(inside - 0.95) <= 3 * 0.013).all(), inside
 
 
