@@ -186,7 +186,7 @@ def _say(problem: Problem, multipliers: np.ndarray, prediction: dual.Prediction,
 DUAL = register(
     Stage(
         "dual",
-        2,
+        3,
         "multipliers",
         DualSpec,
         _dual,
