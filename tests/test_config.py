@@ -43,6 +43,15 @@ def check(*overrides: str) -> tuple[Config, Any]:
     return config, method
 
 
+@pytest.mark.parametrize(
+    ("model", "reward", "safety"), [("handbook_llama", 1e-4, 2e-4), ("handbook_llama_lora", 1e-3, 1e-3)]
+)
+def test_adapters_have_learning_rates_of_their_own(model: str, reward: float, safety: float) -> None:
+    config, method = check(f"model={model}", "method=sacpo")
+    assert (method.reward_step.train.learning_rate, method.safety_step.train.learning_rate) == (reward, safety)
+    assert ("lora" in str(config.tuned_by)) == (reward == 1e-3)
+
+
 def refusal(*overrides: str) -> ConfigError:
     with pytest.raises(ConfigError) as caught:
         check(*overrides)
