@@ -128,7 +128,8 @@ def test_a_run_on_two_machines_is_one_job_with_a_task_on_each(tmp_path: Path, pa
 
 
 def test_a_cancelled_job_leaves_no_process_and_the_same_command_goes_on(tmp_path: Path, partition: str) -> None:
-    settings = ("method=sft", "model.sft.epochs=300", "hardware.checkpoint_every=20")
+    # longer than SLURM's KillWait (30 s): a run that ends within it was not cancelled
+    settings = ("method=sft", "model.sft.epochs=1000", "hardware.checkpoint_every=20")
     for name in ("cancelled", "calm"):
         (tmp_path / name).mkdir()
     folder = tmp_path / "cancelled"
