@@ -368,22 +368,23 @@ def covered(prompts, runs, interval_of):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("prompts", "least"), [(8, 0.92), (16, 0.93), (50, 0.93)])
-def test_jackknife_intervals_cover(prompts, least):
-    inside = covered(prompts, 800, jackknife_interval)
-    # simulation error: 0.8 points
-    assert (inside >= least).all(), inside
+@pytest.mark.parametrize(("prompts", "runs"), [(8, 4000), (16, 800), (50, 800)])
+def test_jackknife_intervals_cover(prompts, runs):
+    inside = covered(prompts, runs, jackknife_interval)
+    # simulation error: 0.4 points with 8 prompts, whose coverage is the lowest, 0.8 points with more
+    assert (inside >= 0.93).all(), inside
     assert (inside <= 0.97).all(), inside
 
 
 @pytest.mark.slow
 def test_bootstrap_intervals_cover():
-    inside = covered(FEWEST_RESAMPLED, 300, bootstrap_interval)
-    # 300 runs take a dozen seconds; so few have a simulation error of 1.3 points, and three of it are allowed
-    assert (abs(inside - 0.95) <= 3 * 0.013).all(), inside
+    inside = covered(FEWEST_RESAMPLED, 600, bootstrap_interval)
+    # simulation error: 0.9 points
+    assert (inside >= 0.93).all(), inside
+    assert (inside <= 0.97).all(), inside
 
 
-@pytest.mark.parametrize("prompts", [1, 4])
+@pytest.mark.parametrize("prompts", [1, 7])
 def test_too_few_prompts_have_no_interval(prompts):
     again = Reweighted(bank_of(np.random.default_rng(8).normal(size=(prompts, 16))), 1.0, 0.1)
     for found in (jackknife_interval(again), bootstrap_interval(again)):

@@ -21,6 +21,7 @@ from alignbench.config import recorded
 from alignbench.record import portable
 from alignbench.report.published import Ours, PublishedTable, Row, same_key
 from alignbench.report.runs import Record, configured, experiments_of, number
+from alignbench.report.stats import FEW_PROMPTS
 from alignbench.report.thresholds import multiplier_of, over_seeds, predicted_margin, settings_of
 
 Measured = Mapping[str, Any]
@@ -259,7 +260,8 @@ def _with_interval(multiplier: Measured | None, record: Record, utility: str) ->
         return multiplier  # stated, or stepped to since
     low, high = intervals["multipliers"][utility]
     clusters = {"clusters": dual.get("prompts"), "n": dual.get("responses")}
-    return {**multiplier, "low": low, "high": high, "level": intervals["level"], "method": "jackknife"} | clusters
+    method = "jackknife" if high is not None else FEW_PROMPTS
+    return {**multiplier, "low": low, "high": high, "level": intervals["level"], "method": method} | clusters
 
 
 def _contest(record: Record, policy: str, criterion: str) -> Measured | None:

@@ -7,7 +7,8 @@ with a store and a cache of times of its own, in a process of its own: first its
 then the run. Compared are the stages that took half a second or more, and everything from the loading of the libraries
 to the last evaluation. Other work on the machine spoils both, and moves processor time much less: of
 runs with one thread there is also the ratio of the stage's processor time to pieces that were timed by that clock.
-With a former round's file it also says how far the same stages and plans are from themselves.
+With a former round's file (results/time_before.json) it also says how far the same stages and plans are from
+themselves.
 Not collected by pytest.
 """
 
@@ -138,7 +139,7 @@ def between(found, before):
     for what, words in (("took_s", "the_same_stage"), ("planned_s", "its_plan")):
         ratios = sorted(stage[what] / old[what] for stage, old in both)
         result[f"{words}_within_a_fifth"] = f"{sum(0.8 <= ratio <= 1.2 for ratio in ratios)} of {len(ratios)}"
-        result[f"{words}_lowest_and_highest_ratio"] = ratios[:: len(ratios) - 1]
+        result[f"{words}_lowest_and_highest_ratio"] = [min(ratios), max(ratios)]
     return result
 
 
@@ -154,7 +155,7 @@ def summary(found, before):
         "stages_within_a_fifth_by_processor_time": f"{sum(0.8 <= r <= 1.2 for r in processor)} of {len(processor)}",
         "runs_within_a_fifth": f"{sum(0.8 <= ratio <= 1.2 for ratio in wholes)} of {len(wholes)}",
         "lowest_and_highest_ratio": [min(ratios), max(ratios)],
-        **({"between_rounds": between(found, before)} if before else {}),
+        **({"between_rounds": between(found, before)} if found.keys() & before.keys() else {}),
         "configurations": found,
     }
 

@@ -198,6 +198,9 @@ def test_a_multiplier_that_the_dual_solved_has_the_dual_s_interval() -> None:
         }
     }
     assert cells(section("can/figure1", one), "0.5")["ours: lambda*"] == "0.700 [0.600, 0.850]"
+    dual = one["outcome"]["diagnostics"]["dual"]
+    dual["intervals"]["jackknife"]["multipliers"]["safety"], dual["prompts"] = [0.0, None], 3
+    assert cells(section("can/figure1", one), "0.5")["ours: lambda*"] == "0.700 (no interval: n=3)"
     one["rows"]["sft"]["multipliers"]["safety"] = 0.9  # another than the dual's: stepped to, or stated
     assert cells(section("can/figure1", one), "0.5")["ours: lambda*"] == "0.900"
 
