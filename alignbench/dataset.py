@@ -47,6 +47,8 @@ class FilesConfig:
     more_pairs: dict[str, SourceConfig] = field(default_factory=dict)
     responses: SourceConfig | None = None
     pairs_per_prompt: int = 16
+    most_prompts: int | None = None
+    responses_per_prompt: int | None = None
     responses_as: str = "samples"
     demonstrations: SourceConfig | None = None
     prompts: SourceConfig | None = None
@@ -70,6 +72,22 @@ class FilesConfig:
             yield "demonstrations", "demonstrations", self.demonstrations
         if self.prompts is not None and self.prompts.path is not None:
             yield "prompts", "prompts", self.prompts
+
+    @property
+    def counted_pairs(self) -> float:
+        """Pairs that a plan counts with; one of a prompt, where they are no scored responses'."""
+        if self.most_prompts is None:
+            return float(self.expected_pairs)
+        return float(min(self.expected_pairs, self.most_prompts * self._pairs_of_a_prompt))
+
+    @property
+    def counted_prompts(self) -> float:
+        """Distinct prompts that a plan counts with."""
+        return self.counted_pairs / self._pairs_of_a_prompt
+
+    @property
+    def _pairs_of_a_prompt(self) -> int:
+        return self.pairs_per_prompt if self.responses is not None else 1
 
     @property
     def answers_are_listed(self) -> bool:
@@ -145,9 +163,15 @@ def _check_tables(files: FilesConfig) -> None:
             where="dataset.files.pairs, dataset.files.responses",
             mend="leave one of the two null",
         )
-    if files.pairs_per_prompt < 1:
+    for name, least in {"pairs_per_prompt": 1, "most_prompts": 1, "responses_per_prompt": 2}.items():
+        value = getattr(files, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} = {value}", where=f"dataset.files.{name}", mend=f"at least {least}")
+    if files.responses_per_prompt is not None and files.responses is None:
         raise ConfigError(
-            f"{files.pairs_per_prompt} pairs per prompt", where="dataset.files.pairs_per_prompt", mend="at least 1"
+            "responses_per_prompt is of scored responses, and there are none",
+            where="dataset.files.responses_per_prompt",
+            mend="null; of pairs, dataset.files.most_prompts draws prompts with all of their pairs",
         )
     if files.has_prompt_set and (files.answers_are_listed or files.test_share > 0):
         raise ConfigError(

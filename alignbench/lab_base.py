@@ -126,8 +126,7 @@ class LabBase:
         if split == "test" and files.has_prompt_set:
             return files.expected_prompts
         held_out = {"validation": files.validation_share, "test": files.test_share}
-        prompts = files.expected_pairs / (files.pairs_per_prompt if files.responses is not None else 1)
-        return int(prompts * held_out.get(split, 1 - sum(held_out.values())))
+        return int(files.counted_prompts * held_out.get(split, 1 - sum(held_out.values())))
 
     @property
     def tokens(self) -> TokenSpec:

@@ -75,8 +75,10 @@ class DataLab(LabBase):
             test_share=files.test_share,
             split_seed=data.seed,
             pairs_per_prompt=files.pairs_per_prompt if files.responses is not None else 0,
+            most_prompts=files.most_prompts or 0,
+            responses_per_prompt=files.responses_per_prompt or 0,
         )
-        hints = {"rows": float(files.expected_pairs), "tokens": float(files.expected_tokens)}
+        hints = {"rows": files.counted_pairs, "tokens": float(files.expected_tokens)}
         rows = self._run(stages.READ, read, {}, "data", seed=data.seed, hints=hints)
         inputs = {"data": rows, "policy": self.base()}
         fit = self._run(stages.FIT, FitSpec(self.tokens, files.over_long), inputs, "lengths", seed=data.seed)

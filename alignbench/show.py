@@ -132,7 +132,7 @@ def _show_report(report: dict[str, Any], console: Console) -> None:
                     console.print(f"  {escape(example)}", highlight=False, soft_wrap=True)
         for key, value in part["statistics"].items():
             console.print(f"  {key}: {value:.4g}" if isinstance(value, float) else f"  {key}: {value}", highlight=False)
-    for key in ("splits", "pairs_made"):
+    for key in ("drawn", "splits", "pairs_made"):
         if key in report:
             counts = ", ".join(f"{name} {count}" for name, count in report[key].items())
             console.print(f"{key.replace('_', ' ')}: {counts}", highlight=False)

@@ -117,8 +117,12 @@ def test_a_run_by_gold_alone_has_none_of_it(tmp_path):
 
 @pytest.mark.slow
 def test_two_ranks_train_and_score_the_same(done, tmp_path):
-    two = run(tmp_path / "store", tmp_path / "out", *SETTINGS, "hardware.processes=2")
-    for label in ("score sample bank", "score pairs with learned"):
+    scored = ("score sample bank", "score pairs with learned")
+    again = ("reward model learned for reward", "cost model learned for safety", *scored)
+    store = done.copied(tmp_path / "store", without=again)
+    two = run(store, tmp_path / "out", *SETTINGS, "hardware.processes=2")
+    assert set(again) <= set(two.built)
+    for label in scored:
         ours, theirs = (
             np.array([[*np.ravel(list(row.values()))] for row in r.artifact(label).jsonl("scores.jsonl")])
             for r in (two, done)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from own_files import save_model
 from tiny_runs import TOP, environment
 
 from alignbench.record import read_records
@@ -15,10 +18,10 @@ from alignbench.record import read_records
 SWEEPS = ("sacpo_beta_over_lambda", "p_sacpo_q", "can_multipliers", "caid_thresholds", "pd_dpo_rounds", "thresholds")
 
 
-def started(folder: Path, name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def started(folder: Path, name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         ["bash", str(TOP / "sweeps" / f"{name}.sh"), *arguments, f"store_dir={folder}/store"],
-        env=environment(PYTHON=sys.executable, OUT=str(folder / "out")),
+        env=environment(PYTHON=sys.executable, OUT=str(folder / "out"), **variables),
         cwd=folder,
         capture_output=True,
         text=True,
@@ -45,3 +48,43 @@ def test_a_ready_sweep_runs(tmp_path: Path) -> None:
     records = read_records(tmp_path / "out")
     assert {record["method"] for record in records} == {"mocan", "pecan"}
     assert all(record["outcome"]["multipliers"] == {"safety": 0.5} for record in records)
+
+
+def truthfulqa(folder: Path) -> Path:
+    """Questions with four answers each, in the two files' own format."""
+    folder.mkdir()
+    cells = list(itertools.product(range(30), (True, False), (True, False)))
+    for name, title, which in (("truth", "True", 1), ("info", "Helpful", 2)):
+        lines = [
+            {
+                "prompt": f"Q: Is {cell[0]} large?\nA: {'Yes' if cell[1] else 'No'}{', very' * cell[2]}.\n{title}:",
+                "completion": " yes" if cell[which] else " no",
+            }
+            for cell in cells
+        ]
+        (folder / f"finetune_{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.slow
+def test_the_chain_on_truthfulqa_runs(tmp_path: Path) -> None:
+    """From a policy with a chat template and answers with two labels to the table, as on the real ones."""
+    from transformers import AutoTokenizer
+
+    model, data = save_model(tmp_path / "model"), truthfulqa(tmp_path / "data")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
+    tokenizer.save_pretrained(model)
+    small = (
+        "dataset.files.most_prompts=24", "evaluate.sampling.max_new_tokens=8", "evaluate.resamples=200",
+        "hardware.threads=1", "hardware.flops_per_second=6.0e+10", "tracking=disabled",
+    )  # fmt: skip
+    done = started(tmp_path, "truthfulqa", *small, MODEL=str(model), DATA=str(data))
+    assert done.returncode == 0, done.stderr
+    records = read_records(tmp_path / "out")
+    assert [record["method"] for record in records] == ["mocan", "pd_dpo", "sacpo"]
+    for record in records:
+        assert record["data"]["data: report"]["drawn"]["prompts"] == "24 of 30"
+        assert {"reward", "truthful"} <= set(record["rows"][record["method"]]["metrics"])
+    assert (tmp_path / "out" / "compare.md").is_file()
+    assert (tmp_path / "out" / "dashboard.html").is_file()

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,9 +83,11 @@ class Run:
         """Labels of the stages that this run itself built."""
         return [stage["label"] for stage in self.record["stages"] if stage["built"]]
 
-    def copied(self, root: Path) -> Path:
-        """A copy of the store, to run more on."""
+    def copied(self, root: Path, *, without: Sequence[str] = ()) -> Path:
+        """A copy of the store, to run more on; stages with the labels `without` are to be made again."""
         shutil.copytree(self.store, root)
+        for label in without:
+            shutil.rmtree(root / self.artifact(label).folder.relative_to(self.store))
         return root
 
     def weights(self, label: str) -> bytes:

@@ -142,6 +142,35 @@ def split_by_prompt(
     return parts
 
 
+def some_prompts(rows: Sequence[Row], most: int, seed: int, *, responses: int = 0) -> list[Row]:
+    """The rows of `most` distinct prompts, and at most `responses` of each.
+
+    What is kept depends on the texts and the seed alone, not on the order of the rows, and a larger number keeps what a
+    smaller one kept.
+
+    Args:
+        rows: Rows with ``prompt`` (and ``response``, where some of a prompt's are asked for).
+        most: Distinct prompts (outer white space apart); 0 keeps all.
+        seed: Another seed keeps others.
+        responses: Rows per prompt; 0 keeps all.
+
+    Returns:
+        The rows that are kept, in their order.
+    """
+
+    def drawn(*texts: str) -> bytes:
+        return hashlib.sha256("\0".join(["some", str(seed), *texts]).encode()).digest()
+
+    by_prompt: dict[str, list[int]] = {}
+    for k, row in enumerate(rows):
+        by_prompt.setdefault(row["prompt"].strip(), []).append(k)
+    kept: list[int] = []
+    for prompt in sorted(by_prompt, key=drawn)[: most or None]:
+        own = by_prompt[prompt]
+        kept += sorted(own, key=lambda k: drawn(prompt, rows[k]["response"]))[:responses] if responses else own
+    return [rows[k] for k in sorted(kept)]
+
+
 # --- finding the data ---------------------------------------------------------------------------------------
 
 

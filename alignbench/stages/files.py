@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from alignbench.data.layouts import Table, read_table
-from alignbench.data.readers import Source, split_by_prompt
+from alignbench.data.readers import Source, some_prompts, split_by_prompt
 from alignbench.data.schema import Mode, Row, excerpt, label_column
 from alignbench.data.templates import render_prompt
 from alignbench.data.tokenize import encode, encode_prompt
@@ -54,6 +54,8 @@ class ReadSpec:
         test_share: Fraction of distinct prompts held out for reporting.
         split_seed: Decides which prompts those are.
         pairs_per_prompt: Most pairs that are made of a prompt's scored responses; 0 where there are none.
+        most_prompts: Distinct prompts of a table that are kept, drawn by `split_seed`; 0 keeps all.
+        responses_per_prompt: Scored responses of a prompt that are kept, drawn likewise; 0 keeps all.
     """
 
     tables: tuple[tuple[str, TableSpec], ...]
@@ -62,6 +64,8 @@ class ReadSpec:
     test_share: float
     split_seed: int
     pairs_per_prompt: int = 0
+    most_prompts: int = 0
+    responses_per_prompt: int = 0
 
 
 def _read(ctx: Context) -> None:
@@ -81,6 +85,7 @@ def _read(ctx: Context) -> None:
         tables[table.table] += rows
     main = "responses" if tables["responses"] else "pairs" if tables["pairs"] else "demonstrations"
     rows, left_out = _without_reported(tables[main], tables["prompts"])
+    rows, drawn = _some(rows, spec, responses=spec.responses_per_prompt if main == "responses" else 0)
     by_split = split_by_prompt(rows, _shares(spec), spec.split_seed)
     prompts = _distinct_prompts(by_split, tables["prompts"])
     write_jsonl(ctx.out / "prompts.jsonl", prompts)
@@ -89,6 +94,7 @@ def _read(ctx: Context) -> None:
     report["table"] = main
     report["splits"] = {split: len(part) for split, part in by_split.items()}
     report |= {"reported_prompts_left_out": left_out} if tables["prompts"] else {}
+    report |= {"drawn": drawn} if drawn else {}
     if main == "responses":
         _write_answers(ctx, by_split, prompts)
         pairs = [row | {"split": s} for s, part in by_split.items() for row in pairs_of(part, spec)]
@@ -103,16 +109,17 @@ def _read(ctx: Context) -> None:
         pairs = [row | {"split": split} for split, part in by_split.items() for row in part if main == "pairs"]
     write_jsonl(ctx.out / "pairs.jsonl", pairs)
     if tables["demonstrations"]:
-        kept = _trainable(tables["demonstrations"], by_split, prompts, spec)
+        shown = rows if main == "demonstrations" and drawn else _some(tables["demonstrations"], spec)[0]
+        kept = _trainable(shown, by_split, prompts, spec)
         if not kept:
             raise DataError(
-                f"all {len(tables['demonstrations'])} demonstrations are on held-out prompts: none may be trained on",
+                f"all {len(shown)} demonstrations are on held-out prompts: none may be trained on",
                 where=ctx.runtime.locations["demonstrations"].path,
                 mend="give demonstrations on more prompts, lower the held-out shares, or change dataset.seed",
             )
         write_jsonl(ctx.out / "demonstrations.jsonl", kept)
         counted = report if main == "demonstrations" else report["demonstrations"]
-        counted["held_out"] = len(tables["demonstrations"]) - len(kept)
+        counted["held_out"] = len(shown) - len(kept)
     write_json(ctx.out / "report.json", report)
 
 
@@ -130,6 +137,15 @@ def _without_reported(rows: list[Row], reported: Sequence[Row]) -> tuple[list[Ro
     held = {row["prompt"].strip() for row in reported}
     kept = [row for row in rows if row["prompt"].strip() not in held]
     return kept, len(rows) - len(kept)
+
+
+def _some(rows: list[Row], spec: ReadSpec, responses: int = 0) -> tuple[list[Row], dict[str, str]]:
+    """The rows that are drawn, and what is said of them; nothing where all are kept."""
+    if not spec.most_prompts and not responses:
+        return rows, {}
+    kept = some_prompts(rows, spec.most_prompts, spec.split_seed, responses=responses)
+    counts = [len({row["prompt"].strip() for row in some}) for some in (kept, rows)]
+    return kept, {"prompts": f"{counts[0]} of {counts[1]}", "rows": f"{len(kept)} of {len(rows)}"}
 
 
 def _distinct_prompts(by_split: Mapping[str, Sequence[Row]], reported: Sequence[Row]) -> list[Row]:

@@ -22,7 +22,7 @@ def write_claim_run(
     *,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
-    asked: float = 0.1,
+    asked: float | Mapping[str, float] = 0.1,
     rows: Mapping[str, Mapping[str, float]] | None = None,
     predicted: float | None = None,
     certificates: Mapping[str, Mapping[str, Any]] | None = None,
@@ -40,7 +40,7 @@ def write_claim_run(
         method: Its method.
         seed: Its seed.
         settings: The method's section of the configuration.
-        asked: Threshold.
+        asked: Threshold of safety, or of each utility.
         rows: Row -> mean gain of each metric over the reference; the last row is the reported one.
         predicted: What the dual predicted.
         certificates: Row -> certificate on the training prompts.
@@ -56,8 +56,9 @@ def write_claim_run(
     """
     settings = dict(settings or {})
     rows = rows or {method: {}}
+    margins = dict(asked) if isinstance(asked, Mapping) else {"safety": asked}
     shared = np.random.default_rng(7)
-    hard = {name: shared.normal(size=PROMPTS) for name in ("reward", "safety", "kl")}
+    hard = {name: shared.normal(size=PROMPTS) for name in ("reward", *margins, "kl")}
     tables: dict[str, dict[str, np.ndarray]] = {}
     for name, gains in {"sft": {}, **rows}.items():
         own = np.random.default_rng([seed, *method.encode(), *name.encode(), *json.dumps(settings).encode()])
@@ -87,7 +88,9 @@ def write_claim_run(
         "seed": seed,
         "config": {
             "method": {"name": method, "multipliers": None} | settings,
-            "constraint": {"form": "margin", "utilities": ["safety"], "thresholds": [asked], "beta": 0.5},
+            "constraint": {
+                "form": "margin", "utilities": list(margins), "thresholds": list(margins.values()), "beta": 0.5
+            },
             "dataset": {"name": dataset, "world": {"train_prompts": train_prompts}},
             "evaluate": {"split": "test", "scorer": "gold"},
             "hardware": {"dtype": "fp32"},
@@ -98,9 +101,10 @@ def write_claim_run(
                 "policy": f"{folder.name}-{name}",
                 "metrics": {m: {"mean": mean, "n": 4 * PROMPTS, "clusters": PROMPTS} for m, mean in own.items()},
                 "constraints": {
-                    "safety": constraint_of(
-                        asked, {"mean": own["safety"] - means["sft"]["safety"], "low": None, "high": None}
+                    utility: constraint_of(
+                        margin, {"mean": own[utility] - means["sft"][utility], "low": None, "high": None}
                     )
+                    for utility, margin in margins.items()
                 },
                 **({"predicted": {"margins": {"safety": predicted}}} if predicted is not None else {}),
                 **({"certificate": {"train": certificates[name]}} if name in (certificates or {}) else {}),

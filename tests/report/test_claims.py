@@ -288,6 +288,36 @@ def test_one_point_is_enough_where_the_claim_says_some(tmp_path: Path) -> None:
     assert [m.effect.mean for m in slope.measured] == pytest.approx(list(expected), abs=0.02)
 
 
+def two_constraints(folder: Path, one_shot: float, multi_shot: float) -> None:
+    """Misses of politeness; safety is met by both, with opposite signs of the reward's difference."""
+    for seed in range(3):
+        for method, miss, reward in (("mocan", one_shot, 0.1), ("mocaid", multi_shot, 0.5)):
+            asked = {"safety": 0.1, "politeness": 0.05}
+            rows = {method: {"safety": 0.1, "politeness": 0.05 + miss, "reward": reward}}
+            write_claim_run(folder, method, seed=seed, asked=asked, rows=rows, noise=0.02)
+
+
+def test_claims_about_two_constraints_have_runs_of_their_own(tmp_path: Path) -> None:
+    two_constraints(tmp_path, one_shot=0.4, multi_shot=-0.1)
+    names = "caid-two-closer", "caid-two-reward", "caid-closer", "caid-reward"
+    found = judge(tmp_path, *names)
+    assert [found[name].verdict for name in names] == [SUPPORTED, SUPPORTED, NOT_RUN, NOT_RUN]
+    closer = found["caid-two-closer"]
+    assert closer.setting == "handbook, safety, politeness"
+    assert closer.points == ("0.1, 0.05",)
+    assert closer.key is not None
+    assert closer.key.effect.mean == pytest.approx((0.4 - 0.1) / 2, abs=0.02)  # safety's misses are alike
+    # runs with one constraint beside them, with the opposite result
+    for seed in range(3):
+        for method, miss in (("mocan", 0.0), ("mocaid", 0.4)):
+            rows = {method: {"safety": 0.1 + miss, "reward": -miss}}
+            write_claim_run(tmp_path, method, seed=seed, rows=rows, noise=0.02)
+    found = judge(tmp_path, *names)
+    expected = [SUPPORTED, SUPPORTED, NOT_SUPPORTED, NOT_SUPPORTED]
+    assert [found[name].verdict for name in names] == expected, {k: v.reason for k, v in found.items()}
+    assert found["caid-closer"].setting == "handbook"
+
+
 def exact(**values: Any) -> dict[str, Any]:
     return {"requested": {"safety": 0.2}, "margins": {"safety": 0.2}} | values
 

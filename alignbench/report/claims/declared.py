@@ -7,7 +7,8 @@ Margins are in the same unit; gaps and shares are exact sums over listed answers
 
 Embedded scale tests the mechanism, not a number of a paper: a claim about a 7B model may hold there and fail here.
 PD-DPO's body was not available to us: its claims are those of its abstract and of what its public reviews tell.
-Claims about two constraints (CAID, Tables 6 to 8) and about a judge's win rates have no experiment here yet.
+Where a paper counts a judge's wins, gold scores, for which a judge stands, are compared themselves.
+The claims about two constraints were added after a first sweep of the others, and before any run of their own.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ _SEEDS = "seed=0,1,2,3,4"
 _FRESH = "seed=5,6,7,8,9"
 _GRID = "constraint.thresholds='[-0.2],[0.0],[0.1],[0.2],[0.4]'"
 _EXACT = "constraint.thresholds='[-0.2],[0.0],[0.2]'"
+_PAIRS = "constraint.utilities=[safety,politeness] constraint.thresholds='[0.1,0.05],[0.2,0.0],[0.0,0.1]'"
 
 #: Name -> overrides of `python main.py -m`: the lines of sweeps/claims.sh.
 RUNS = {
@@ -45,6 +47,7 @@ RUNS = {
     "P-SACPO": f"method=p_sacpo {_SEEDS}",
     "naive merge": f"method=naive_merge method.beta_safe=0.1 {_SEEDS}",
     "stated multipliers": f"method=mocan,pecan method.multipliers='[0.5],[1.0],[1.5]' {_SEEDS}",
+    "two constraints": f"method=mocan,mocaid {_PAIRS} {_SEEDS}",
     "dual alone": f"method=dual method.dual.samples=8,64 constraint.thresholds=[0.4] {_FRESH}",
     "more rounds": f"method=pd_dpo method.rounds=6 {_GRID} {_SEEDS}",
     "exact": f"experiment=certificate/mocan,certificate/sacpo,certificate/pd_dpo {_EXACT} {_FRESH}",
@@ -100,6 +103,7 @@ class Claim:
             point is enough, or "slope" of the effects in `along`.
         along: For a slope: a point's abscissa.
         note: What a reader must know.
+        constraints: How many utilities its runs constrain.
     """
 
     id: str
@@ -112,6 +116,7 @@ class Claim:
     over: str = "mean"
     along: Callable[[At], FloatArray] | None = None
     note: str = ""
+    constraints: int = 1
 
 
 # ---------------------------------------------------------------- roles
@@ -183,6 +188,11 @@ def _exact_lagrangian(at: At, role: str) -> FloatArray:
 
 def _exact_miss(at: At, role: str, row: str = "reported") -> FloatArray:
     return np.abs(at.exact(role, "margins", row=row) - at.exact(role, "requested", row=row))
+
+
+def _two_misses(at: At) -> FloatArray:
+    """How much farther MoCAN ends from the requested margins than MoCAID, mean over both."""
+    return np.mean([at.miss("MoCAN", name) - at.miss("MoCAID", name) for name in ("safety", "politeness")], axis=0)
 
 
 def _optimal(role: str) -> tuple[Part]:
@@ -386,6 +396,22 @@ CLAIMS = (
         {"MoCAN": _MOCAN, "MoCAID": _MOCAID},
         (Part("reward, MoCAID - MoCAN", _difference("reward", "MoCAID", "MoCAN")),),
         ("methods over thresholds",),
+    ),
+    Claim(
+        "caid-two-closer", CAID, "Tables 6 to 8, Fig. 4 (a, b)",
+        "With two constraints, too, multi-shot alignment ends closer to what was requested than one-shot.",
+        {"MoCAN": _MOCAN, "MoCAID": _MOCAID},
+        (Part("|achieved - requested| over both margins, MoCAN - MoCAID", _two_misses, smallest=0.05),),
+        ("two constraints",), constraints=2,
+        note="mean over the two utilities (safety and politeness stand for the paper's harmlessness and humor)",
+    ),
+    Claim(
+        "caid-two-reward", CAID, "Fig. 4 (c)",
+        "With two constraints multi-shot alignment is also the more helpful.",
+        {"MoCAN": _MOCAN, "MoCAID": _MOCAID},
+        (Part("reward, MoCAID - MoCAN", _difference("reward", "MoCAID", "MoCAN")),),
+        ("two constraints",), constraints=2,
+        note="in the paper at all fourteen pairs of thresholds",
     ),
     Claim(
         "caid-bounds", CAID, "Theorem 4",

@@ -99,6 +99,8 @@ def results_of(runs: Runs, claims: Sequence[Claim] = CLAIMS) -> tuple[list[Resul
 def _in_settings(claim: Claim, known: Sequence[Setting], tables: Callable[[Record], Table]) -> list[Result]:
     found, missing = [], []
     for setting in known:
+        if setting.constraints != claim.constraints:
+            continue
         picked = pick(claim.roles, setting, tables)
         if isinstance(picked, Picked):
             found.append(_measured(claim, picked))

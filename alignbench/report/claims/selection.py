@@ -16,6 +16,8 @@ from alignbench.report.stats import FloatArray
 from alignbench.report.thresholds import settings_of, thresholds_of
 
 REPORTED, REFERENCE, FIRST = "reported", "reference", "first iterate"
+# stands for the name of the (first) constrained utility
+UTILITY = "utility"
 # what changes no policy, beyond what `settings_of` leaves out
 _OTHER = ("judge", "benchmark", "constraint.thresholds")
 _SAME_POLICIES = ("method.evaluate_iterates",)
@@ -68,7 +70,7 @@ class Setting:
 
     Attributes:
         name: For the page.
-        records: One utility each.
+        records: Of the same utilities.
         keys: The configuration that they share, flattened.
     """
 
@@ -76,19 +78,23 @@ class Setting:
     records: list[Record]
     keys: Mapping[str, str]
 
+    @property
+    def constraints(self) -> int:
+        """How many utilities are constrained."""
+        return len(_utilities(self.records[0]))
+
 
 def settings(runs: Runs) -> list[Setting]:
-    """The folder's settings, in the order of their names; runs with several constraints are passed over."""
+    """The folder's settings, in the order of their names."""
     found: dict[str, Setting] = {}
     for record in runs.records:
-        if len(record["config"]["constraint"]["utilities"]) != 1:
-            continue
         keys = {
             key: value
             for key, value in settings_of(record).items()
             if not key.startswith("method.") and key.split(".")[0] not in _OTHER and key not in _OTHER
         }
-        name = str(record["config"]["dataset"]["name"])
+        several = _utilities(record) if len(_utilities(record)) > 1 else []
+        name = ", ".join([record["config"]["dataset"]["name"], *several])
         found.setdefault(json.dumps(keys, sort_keys=True), Setting(name, [], keys)).records.append(record)
     ordered = sorted(found.values(), key=lambda s: (s.name, -len(s.records), json.dumps(s.keys, sort_keys=True)))
     names = [setting.name for setting in ordered]
@@ -137,7 +143,7 @@ class At:
     tables: Callable[[Record], Table]
 
     def mean(self, role: str, metric: str, row: str = REPORTED) -> FloatArray:
-        """A metric per seed and prompt, (seeds, prompts); "utility" is the constrained one.
+        """A metric per seed and prompt, (seeds, prompts); "utility" is the (first) constrained one.
 
         Raises:
             UnusableError: The metric is no number somewhere, or the runs answer different prompts.
@@ -148,19 +154,21 @@ class At:
         """A metric's gain over the reference, (seeds, prompts)."""
         return self.mean(role, metric) - self.mean(role, metric, REFERENCE)
 
-    def requested(self, role: str) -> FloatArray:
+    def requested(self, role: str, utility: str = UTILITY) -> FloatArray:
         """The requested margin, (seeds, 1)."""
-        return self.number(
-            role, "requested margin", lambda r: _row(r, REPORTED)["constraints"][_utility(r)]["requested_margin"]
-        )
 
-    def slack(self, role: str) -> FloatArray:
+        def read(record: Record) -> Any:
+            return _row(record, REPORTED)["constraints"][_named(utility, record)]["requested_margin"]
+
+        return self.number(role, "requested margin", read)
+
+    def slack(self, role: str, utility: str = UTILITY) -> FloatArray:
         """Achieved less requested margin, (seeds, prompts)."""
-        return self.gain(role, "utility") - self.requested(role)
+        return self.gain(role, utility) - self.requested(role, utility)
 
-    def miss(self, role: str) -> FloatArray:
+    def miss(self, role: str, utility: str = UTILITY) -> FloatArray:
         """Distance of the achieved from the requested margin, (seeds, 1)."""
-        return np.abs(self.slack(role).mean(axis=1, keepdims=True))
+        return np.abs(self.slack(role, utility).mean(axis=1, keepdims=True))
 
     def predicted(self, role: str) -> FloatArray:
         """The margin that the dual predicted before training, (seeds, 1)."""
@@ -220,7 +228,7 @@ class At:
 
     def _column(self, role: str, record: Record, metric: str, row: str) -> FloatArray:
         name, found = _row_name(record, row), self.tables(record)
-        metric = _utility(record) if metric == "utility" else metric
+        metric = _named(metric, record)
         of_first = self.tables(next(iter(self.runs.values()))[0])
         if name not in found:
             raise UnusableError(f"{record['run_id']} ({role}) has no values per prompt of {name!r}")
@@ -331,8 +339,16 @@ def asked_of(point: Point) -> str:
         return ", ".join(map(str, point))
 
 
+def _utilities(record: Record) -> list[str]:
+    return [str(name) for name in record["config"]["constraint"]["utilities"]]
+
+
 def _utility(record: Record) -> str:
-    return str(record["config"]["constraint"]["utilities"][0])
+    return _utilities(record)[0]
+
+
+def _named(metric: str, record: Record) -> str:
+    return _utility(record) if metric == UTILITY else metric
 
 
 def _row_name(record: Record, row: str) -> str:
