@@ -132,6 +132,7 @@ class EvaluateConfig:
     refusal_phrases: list[str] = field(default_factory=list)
     refusal_words: int = 30
     every_steps: int = MISSING
+    every_examples: int | None = 256
 
 
 @dataclass
@@ -213,7 +214,8 @@ def scientific(config: DictConfig) -> dict[str, Any]:
     """The part of a configuration that decides the numbers, as plain containers (unset values as "???")."""
     science = _plain(config, _OUTSIDE_RUN_ID)
     if isinstance(science.get("evaluate"), dict):
-        science["evaluate"].pop("every_steps", None)  # how often training is looked at moves nothing
+        for name in ("every_steps", "every_examples"):  # how training is looked at moves nothing
+            science["evaluate"].pop(name, None)
     if isinstance(science.get("hardware"), dict):
         science["hardware"] = {k: science["hardware"].get(k) for k in _HARDWARE_IN_RUN_ID}
         if science["hardware"]["optimizer"] in (None, "adamw"):  # what it always was keeps its id
@@ -564,5 +566,11 @@ def _check_evaluation(config: Config) -> None:
             f"every_steps {ev.every_steps}",
             where="evaluate",
             mend="0 < level < 1, at least 100 resamples, at least one sample per prompt, every_steps >= 0",
+        )
+    if ev.every_examples is not None and ev.every_examples < 1:
+        raise ConfigError(
+            f"every_examples = {ev.every_examples}",
+            where="evaluate.every_examples",
+            mend="at least 1; null: all held-out examples",
         )
     _check_sampling(ev.sampling, "evaluate.sampling", config.model)

@@ -201,7 +201,8 @@ class LabBase:
             locations["judge"] = self.config.judge
         if self.config.benchmark is not None:
             locations["truthfulqa"] = self.questions
-        return Runtime(self.config.hardware, self.config.evaluate.every_steps, locations)
+        ev = self.config.evaluate
+        return Runtime(self.config.hardware, ev.every_steps, locations, ev.every_examples)
 
     def _run(
         self,

@@ -441,6 +441,7 @@ CONTRADICTIONS: list[tuple[list[str], str, str]] = [
     (["evaluate.resamples=10"], "evaluate", "100 resamples"),
     (["evaluate.samples_per_prompt=0"], "evaluate", "one sample per prompt"),
     (["evaluate.every_steps=-1"], "evaluate", "every_steps >= 0"),
+    (["evaluate.every_examples=0"], "evaluate.every_examples", "null: all"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Some of a data set's prompts and responses, drawn for a look: which they are, what is said of them, what a plan counts."""
+"""Some of a data set's prompts and responses, drawn for a look: which, what is said of them, what a plan counts."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ A packed row holds groups one after the other; a group is a prompt, once, and th
 tokens before it in its own group that belong to the prompt or to its own response, and no others; positions go on from
 the prompt's end in every response. So each response is computed exactly as if it stood behind its prompt alone.
 
-Two kernels compute the same: `packed_sdpa` runs torch's SDPA on one response after another, without any padding, and
-`packed_flex` runs FlexAttention with a block mask on the whole row (what pays on a GPU).
+Two kernels compute the same: `packed_sdpa` runs torch's SDPA on prompts and responses of about the same length
+together, and `packed_flex` runs FlexAttention with a block mask on the whole row (what pays on a GPU).
 """
 
 from __future__ import annotations
@@ -13,8 +13,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
@@ -30,6 +32,12 @@ FAMILIES = ("gpt2", "gpt_neox", "llama", "mistral", "qwen2", "qwen3")
 # FlexAttention's block size: rows are filled up to a multiple of it.
 FLEX_BLOCK = 128
 
+# Segments that see up to LONGEST tokens are filled up to a multiple of STEP and computed with others of the same shape:
+# each call costs tens of microseconds whatever it holds, which is more than such a segment's own arithmetic.
+STEP, LONGEST = 16, 256
+
+Places = npt.NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -43,13 +51,27 @@ class Segment:
     length: int
     prompt: int
 
-    def mask(self, window: int | None, device: torch.device) -> torch.Tensor | None:
-        """Bool (length, prompt + length), True where a query sees a key; None where that is the plain causal mask."""
+    def shape(self, window: int | None) -> tuple[int, int, bool]:
+        """Queries and keys of its call, and whether the plain causal mask does; it decides by its own lengths alone."""
         total = self.prompt + self.length
-        if not self.prompt and (window is None or total <= window):
-            return None
-        seen = torch.ones(self.length, total, dtype=torch.bool, device=device).tril(self.prompt)
-        return seen if window is None else seen.triu(self.prompt - window + 1)
+        causal = not self.prompt and (window is None or total <= window)
+        if total > LONGEST:
+            return self.length, total, causal
+        return -(-self.length // STEP) * STEP, -(-total // STEP) * STEP, causal
+
+
+class Call(NamedTuple):
+    """Segments of one shape, which attend together.
+
+    Attributes:
+        queries: (B, Q) places in the row; those that fill a segment up repeat its last one.
+        keys: (B, K), likewise.
+        mask: (B, 1, Q, K), True where a query sees a key; None where that is the plain causal mask.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    mask: torch.Tensor | None
 
 
 def _sees(query: Sequence[Any], key: Sequence[Any], window: int | None) -> Any:
@@ -80,11 +102,33 @@ class Packing:
         group, owner, position = (x.to(device, non_blocking=True) for x in (self.group, self.owner, self.position))
         return Packing(self.segments, group, owner, position)
 
-    def masks(self, window: int | None) -> list[torch.Tensor | None]:
-        """A mask per segment, made once per pass and shared by all layers."""
+    def calls(self, window: int | None) -> tuple[list[Call], torch.Tensor]:
+        """The calls that cover the row, and where among their queries each token is: made once, for all layers."""
         if ("sdpa", window) not in self._masks:
-            self._masks["sdpa", window] = [part.mask(window, self.group.device) for part in self.segments]
-        return list(self._masks["sdpa", window])
+            self._masks["sdpa", window] = self._arranged(window)
+        found: tuple[list[Call], torch.Tensor] = self._masks["sdpa", window]
+        return found
+
+    def _arranged(self, window: int | None) -> tuple[list[Call], torch.Tensor]:
+        alike: dict[tuple[int, int, bool], list[tuple[int, int, int, int]]] = {}
+        start = prompt_start = 0
+        for part in self.segments:
+            prompt_start = prompt_start if part.prompt else start
+            alike.setdefault(part.shape(window), []).append((start, part.length, prompt_start, part.prompt))
+            start += part.length
+        device, calls, back, used = self.group.device, [], np.empty(start, np.int64), 0
+        for (queries, keys, causal), parts in alike.items():
+            start_of, length, prompt_of, prompt = np.array(parts).T[:, :, None]
+            query, key = np.arange(queries), np.arange(keys)
+            asking = start_of + np.minimum(query, length - 1)
+            last = np.minimum(key, prompt + length - 1)
+            asked = np.where(last < prompt, prompt_of + last, start_of + last - prompt)
+            seen = None if causal else torch.from_numpy(_seen(prompt, length, query, key, window)).to(device)
+            calls.append(Call(torch.from_numpy(asking).to(device), torch.from_numpy(asked).to(device), seen))
+            real = query < length
+            back[asking[real]] = used + np.flatnonzero(real)
+            used += real.size
+        return calls, torch.from_numpy(back).to(device)
 
     def mask_mod(self, window: int | None) -> Callable[..., torch.Tensor]:
         """FlexAttention's form of the mask."""
@@ -107,6 +151,21 @@ class Packing:
                 self.mask_mod(window), None, None, length, length, device=str(self.group.device)
             )
         return self._masks["flex", window]
+
+
+def _seen(prompt: Places, length: Places, query: Places, key: Places, window: int | None) -> npt.NDArray[np.bool_]:
+    """The mask of a call; queries that fill a segment up see the first key, for a softmax over nothing is NaN.
+
+    Args:
+        prompt: (B, 1) tokens of each segment's prompt.
+        length: (B, 1) its own tokens.
+        query: (Q,) numbers of queries.
+        key: (K,) of keys.
+        window: Tokens that a token sees, itself included; None: all.
+    """
+    ahead = (prompt + query)[:, :, None] - key
+    seen = ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
+    return np.where((query < length)[:, :, None], seen, key == 0)[:, None]
 
 
 def segments_of(prompt: int, responses: Sequence[int]) -> list[Segment]:
@@ -201,38 +260,25 @@ def _sdpa(
     dropout: float,
     scaling: float | None,
 ) -> torch.Tensor:
-    """(1, heads, T, d) three times -> (1, T, heads, d), one SDPA call per segment.
+    """(1, heads, T, d) three times -> (1, T, heads, d), an SDPA call for all segments of one shape.
 
-    A call holds one response and its prompt and nothing else, so that a sequence's numbers do not depend, not even in
-    their last bit, on what it shares a row with. That is also faster than one masked call for all responses to a
-    prompt: none of them pays for the others' keys.
+    A response attends in a call that holds its prompt and itself, and whose shape and mask depend on their lengths
+    alone: a sequence's numbers do not depend, not even in their last bit, on what it shares a row with.
     """
-    segments = packing.segments
-    rest = query.shape[2] - sum(part.length for part in segments)  # what fills the row up attends to nothing
-    sizes: list[int] = []  # a prompt's keys and its first response's lie together, as that response sees them
-    for i, segment in enumerate(segments):
-        if segment.prompt and not segments[i - 1].prompt:
-            sizes[-1] += segment.length
-        else:
-            sizes.append(segment.length)
-    queries = query.split([*(part.length for part in segments), rest], dim=2)
-    pieces = zip(*(x.split([*sizes, rest], dim=2) for x in (key, value)), strict=True)
-    parts = []
-    for i, (segment, mask) in enumerate(zip(segments, packing.masks(window), strict=True)):
-        if not segment.prompt:
-            together = next(pieces)
-            own = prompt = [x[:, :, : segment.length] for x in together]
-        elif not segments[i - 1].prompt:
-            own = list(together)
-        else:
-            own = [torch.cat(pair, 2) for pair in zip(prompt, next(pieces), strict=True)]
-        found = F.scaled_dot_product_attention(
-            queries[i], own[0], own[1], attn_mask=mask, dropout_p=dropout, scale=scaling, is_causal=mask is None
+    heads, width = query.shape[1], query.shape[3]
+    tokens = [x.transpose(1, 2).reshape(-1, heads * width) for x in (query, key, value)]
+    calls, back = packing.calls(window)
+    found = []
+    for call in calls:
+        q, k, v = (
+            x.index_select(0, places.flatten()).view(*places.shape, heads, width).transpose(1, 2)
+            for x, places in zip(tokens, (call.queries, call.keys, call.keys), strict=True)
         )
-        parts.append(found.transpose(1, 2))
-    if rest:
-        parts.append(torch.zeros_like(queries[-1]).transpose(1, 2))
-    return torch.cat(parts, 1)
+        part = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=call.mask, dropout_p=dropout, scale=scaling, is_causal=call.mask is None
+        )
+        found.append(part.transpose(1, 2).reshape(-1, heads * width))
+    return torch.cat(found).index_select(0, back).view(1, -1, heads, width)
 
 
 @cache

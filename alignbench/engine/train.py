@@ -68,6 +68,7 @@ class TrainJob:
             reference, or the score head is fresh.
         validation: Objective on held-out examples, or None.
         evaluate_every: Optimiser steps between validations; 0 validates at the end only.
+        evaluate_examples: Most examples of a validation, drawn by `seed`; None: all.
         round: Which of several trainings on these examples this is: the order goes on where the round before
             ended, so that rounds of a fraction of an epoch together see every example.
         requests: Where the loop hears that it should save what it has and stop.
@@ -85,9 +86,16 @@ class TrainJob:
     starts_at_reference: bool = True
     validation: Objective | None = None
     evaluate_every: int = 0
+    evaluate_examples: int | None = None
     round: int = 0
     requests: Requests = SIGNALS
     reads: type[LogProbPolicy] = LogProbPolicy
+
+
+def validated(steps: int, every: int) -> frozenset[int]:
+    """The steps after which there is a validation: every so many, and the last, which stands for one shortly before."""
+    regular = range(every, steps, every) if every else ()
+    return frozenset((*(step for step in regular if 2 * (steps - step) >= every), steps))
 
 
 def train(job: TrainJob, cost: dict[str, float], on_metrics: OnMetrics) -> TrainResult:
@@ -117,6 +125,7 @@ class _Loop:
         settings, examples = job.settings, len(job.objective)
         self.batch_size = min(settings.batch_size, examples)
         self.steps = batching.total_steps(examples, settings.epochs, self.batch_size)
+        self.validated = validated(self.steps, job.evaluate_every)
         earlier = job.round * self.steps
         self.order = batching.example_order(examples, earlier + self.steps, self.batch_size, job.seed)[earlier:]
         if self.batch_size % group.world():
@@ -222,8 +231,7 @@ class _Loop:
         return result
 
     def _validates(self, step: int) -> bool:
-        every = self.job.evaluate_every
-        return self.job.validation is not None and (step == self.steps or (every > 0 and step % every == 0))
+        return self.job.validation is not None and step in self.validated
 
     def _step(self, step: int) -> tuple[Metrics, int]:
         """One optimiser step over its micro-batches."""
@@ -328,10 +336,12 @@ class _Loop:
     def validate(self) -> Metrics:
         """Validation metrics, prefixed; the training order and its random numbers are not touched."""
         assert self.job.validation is not None
-        everything = np.arange(len(self.job.validation))
-        metrics, losses = self._evaluate(self.job.validation, everything)
+        count = len(self.job.validation)
+        drawn = np.random.default_rng(self.job.seed).permutation(count)[: self.job.evaluate_examples or count]
+        looked_at = np.sort(drawn)
+        metrics, losses = self._evaluate(self.job.validation, looked_at)
         if not np.isfinite(losses).all():
-            bad = np.flatnonzero(~np.isfinite(losses))
+            bad = looked_at[~np.isfinite(losses)]
             raise InvariantError(
                 f"the validation loss is {metrics['loss']}",
                 where=f"{self.job.validation.name}, {len(bad)} of {len(losses)} validation rows (from 0): {bad[:16]}",

@@ -30,7 +30,10 @@ LEVEL = 0.95
 # of a table that is not printed on a terminal: no interval is broken over two lines
 WIDTH = 240
 # what changes no number (config.run_id leaves the same out), and what the table shows in columns of its own
-_NO_SETTING = ("seed", "plan", "output_dir", "store_dir", "tuned_by", "constraint.thresholds", "evaluate.every_steps")
+_NO_SETTING = (
+    "seed", "plan", "output_dir", "store_dir", "tuned_by", "constraint.thresholds",
+    "evaluate.every_steps", "evaluate.every_examples",
+)  # fmt: skip
 _NO_SECTION = ("tracking.", "hardware.")
 
 

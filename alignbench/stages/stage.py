@@ -26,11 +26,13 @@ class Runtime:
         hardware: Device, dtype and batch sizes (`dtype` changes numbers; the lab puts it into specs).
         evaluate_every: Optimiser steps between validations during training.
         locations: Where inputs from outside the store lie on this machine (their content is in the key).
+        evaluate_examples: Most held-out examples of each validation; None: all.
     """
 
     hardware: HardwareConfig
     evaluate_every: int = 0
     locations: Mapping[str, Any] = field(default_factory=dict)
+    evaluate_examples: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from alignbench.engine.runtime import (
     join_process_group,
     shards,
 )
-from alignbench.engine.train import TrainJob, train, trained_state
+from alignbench.engine.train import TrainJob, train, trained_state, validated
 from alignbench.jsonio import write_jsonl
 from alignbench.models import policy as policies
 from alignbench.stages.stage import (
@@ -85,6 +85,7 @@ def train_and_save(
         starts_at_reference="reference" not in ctx.inputs or ctx.inputs["reference"].key == ctx.inputs["start"].key,
         validation=validation,
         evaluate_every=ctx.runtime.evaluate_every,
+        evaluate_examples=ctx.runtime.evaluate_examples,
         round=getattr(spec, "round", 0),
         requests=ctx.requests,
         reads=reads,
@@ -142,8 +143,9 @@ def training_estimate(
         lora=lora,
         evaluates=sequences > 1,
     )
-    held_out = replace(data, rows=data.rows * (1 - data.trained_share))
-    looked_at = replace(data, rows=held_out.rows + batch, per_prompt=1.0)  # at step 0, and validation at the end
+    held_out = data.rows * (1 - data.trained_share)
+    each = min(held_out, runtime.evaluate_examples or held_out) * len(validated(steps, runtime.evaluate_every))
+    looked_at = replace(data, rows=each + batch, per_prompt=1.0)  # the batch at step 0
     aside = scoring_estimate(looked_at, start, runtime, sequences=sequences) if sequences > 1 else Estimate()
     step = piece_of(
         "step",

@@ -178,16 +178,20 @@ def test_both_kernels_masks_are_the_definition(seed, window):
     assert not dense[:length, length:].any()  # nobody sees what fills the row up
     assert not dense[length:, :length].any()
 
-    found, start, prompt = torch.zeros_like(wanted), 0, 0
-    for part in packing.prepare(rows, tiny.PAD, SDPA).packing.segments:
-        prompt = prompt if part.prompt else start
-        keys = [*range(prompt, prompt + part.prompt), *range(start, start + part.length)]
-        mask = part.mask(window, tiny.CPU)
-        if mask is None:
-            mask = torch.ones(part.length, part.length, dtype=torch.bool).tril()
-        found[start : start + part.length, keys] = mask
-        start += part.length
-    assert start == length
+    found = torch.zeros_like(wanted)
+    calls, back = packing.prepare(rows, tiny.PAD, SDPA).packing.calls(window)
+    seen = [
+        torch.ones(call.queries.shape[1], call.keys.shape[1], dtype=torch.bool).tril().expand(len(call.queries), -1, -1)
+        if call.mask is None else call.mask[:, 0]
+        for call in calls
+    ]  # fmt: skip
+    queries = [(call.keys[i], seen[k][i, q]) for k, call in enumerate(calls) for i, q in np.ndindex(call.queries.shape)]
+    for token, place in enumerate(back.tolist()):
+        keys, own = queries[place]
+        # what fills a segment up repeats a key behind what is seen
+        assert len(set(keys[own].tolist())) == int(own.sum())
+        found[token, keys[own]] = True
+        assert own.any()
     assert torch.equal(found, wanted)
 
 

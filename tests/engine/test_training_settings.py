@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from alignbench.config import TrainConfig
-from alignbench.engine.train import STEP0_TOLERANCE
+from alignbench.engine.train import STEP0_TOLERANCE, validated
 
 pytestmark = pytest.mark.usefixtures("split_parameters")
 
@@ -176,6 +176,27 @@ def test_validation_is_the_plain_mean_over_the_held_out_examples(policy_folder, 
     assert result.log[-1]["validation_loss"] == pytest.approx(
         nll / sum(row.response_length for row in held_out.examples), abs=1e-5
     )
+
+
+def test_validation_of_some_examples_is_of_the_same_ones_at_every_step(policy_folder, tmp_path):
+    held_out = tiny.sft(count=40, seed=80)
+    settings = {"validation": held_out, "evaluate_every": 2, "evaluate_examples": 9}
+    job = tiny.job(tiny.load(policy_folder), tiny.sft(), tmp_path, steps=4, **settings)
+    asked = []
+    held_out.rows = lambda i, rows=held_out.rows: (asked.append(i), rows(i))[1]
+    tiny.run(job)
+    assert asked[:9] == asked[9:] == sorted(set(asked))
+    assert len(asked) == 18
+    assert max(asked) > 9, "drawn, not the first ones"
+
+
+@pytest.mark.parametrize(
+    ("steps", "every", "expected"),
+    [(5, 2, {2, 4, 5}), (124, 60, {60, 124}), (151, 60, {60, 120, 151}), (120, 60, {60, 120}), (31, 60, {31}),
+     (7, 0, {7}), (3, 1, {1, 2, 3})],
+)  # fmt: skip
+def test_the_last_validation_stands_for_one_shortly_before(steps, every, expected):
+    assert validated(steps, every) == expected
 
 
 def test_the_optimiser_is_the_configured_adamw(tmp_path):
