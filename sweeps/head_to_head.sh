@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All methods on the embedded benchmark over five thresholds and three seeds, from an empty store to the report: tables,
 # pictures and one page to filter and search. Two sweeps side by side, of one thread each, on one store; they begin with
-# different seeds, so that neither waits for what the other makes. 61 minutes on 2 cores; kept: sweeps/results/head_to_head/.
+# different seeds, so that neither waits for what the other makes. 61 to 66 minutes on 2 cores; kept: sweeps/results/head_to_head/.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
