@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Every run that the claims page needs (alignbench/report/claims/declared.py), then the page: effect, interval and verdict
 # of each paper's claims. Stages that runs share, also with head_to_head.sh and the other sweeps on the same store, are
-# computed once. 331 runs, HOURS hours on 2 cores from an empty store, two at a time of one thread each. debug=tiny seed=0
-# for a look at the machinery (no claim is judged on it), plan=true for what it takes.
+# computed once. 331 runs, two at a time of one thread each: 3 hours on 2 cores from an empty store, by their plan at 60
+# GFLOP/s. debug=tiny seed=0 for a look at the machinery (no claim is judged on it), plan=true for what it takes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
