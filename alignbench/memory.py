@@ -196,8 +196,8 @@ def _saved_per_token(widths: Widths, lora: LoraConfig | None) -> float:
     """Numbers that autograd saves per token and block.
 
     A norm saves its input and, for its weight, the normed input; a linear layer its input, for its weight; attention
-    query, key, value and result; a gated feed-forward layer gate, its activation, and up, a plain one what its activation
-    is of. Frozen weights save nothing, adapters the input of the layers that they sit in.
+    query, key, value and result; a gated feed-forward layer gate, its activation, and up, a plain one what its
+    activation is of. Frozen weights save nothing, adapters the input of the layers that they sit in.
     """
     repeated = widths.query if widths.value < widths.query else widths.value  # grouped keys are repeated
     attention = 2 * widths.query + 2 * repeated
