@@ -45,9 +45,13 @@ others() {
 
 # a plan makes no records, and two at once would be printed into each other
 case " ${options[*]} " in *" plan=true "*) thresholds || true; others || true; exit "$status" ;; esac
+set -m # in a process group of its own, so that all of it can be stopped: the background does not hear Ctrl-C
 thresholds &
+set +m
 beside=$!
-trap 'kill "$beside" 2>/dev/null || true' EXIT # a job in the background does not hear Ctrl-C
+trap 'kill -- "-$beside" 2>/dev/null || true' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 others || true # its status is kept
 wait "$beside" || status=$?
 "$python" -m alignbench.report claims "$out"

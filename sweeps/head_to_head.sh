@@ -9,9 +9,13 @@ out=${OUT:-outputs/head_to_head}
 grid='[-0.2],[0.0],[0.1],[0.2],[0.4]'
 sweep() { "$python" main.py -m output_dir="$out" hardware.threads=1 "$@"; }
 
+set -m # in a process group of its own, so that all of it can be stopped: the background does not hear Ctrl-C
 sweep seed=2,1,0 method=mocaid,pecaid constraint.thresholds="$grid" "$@" &
+set +m
 iterated=$! status=0
-trap 'kill "$iterated" 2>/dev/null || true' EXIT # a job in the background does not hear Ctrl-C
+trap 'kill -- "-$iterated" 2>/dev/null || true' EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
 sweep seed=0,1,2 method=sacpo,mocan,pecan,pd_dpo constraint.thresholds="$grid" "$@" || status=$?
 sweep seed=0,1,2 method=sft,dpo_helpful,dpo_safe,naive_merge,p_sacpo "$@" || status=$?
 wait "$iterated" || status=$?

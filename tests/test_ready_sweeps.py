@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from own_files import save_model
 from tiny_runs import TOP, environment
@@ -48,6 +52,40 @@ def test_a_ready_sweep_runs(tmp_path: Path) -> None:
     records = read_records(tmp_path / "out")
     assert {record["method"] for record in records} == {"mocan", "pecan"}
     assert all(record["outcome"]["multipliers"] == {"safety": 0.5} for record in records)
+
+
+@pytest.mark.parametrize("name", ["head_to_head", "claims"])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminated"])
+def test_a_script_that_is_stopped_stops_both_of_its_sweeps_and_starts_nothing_more(
+    tmp_path: Path, name: str, sent: signal.Signals
+) -> None:
+    stub, log = tmp_path / "python", tmp_path / "log"
+    stub.write_text(
+        f"#!{sys.executable}\nimport os, signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(130))\n"  # not killed by it: a run saves, and then ends
+        f"open({str(log)!r}, 'a').write(f'{{os.getpid()}}\\n')\n"
+        "time.sleep(600)\n"
+    )
+    stub.chmod(0o755)
+    process = subprocess.Popen(
+        ["bash", str(TOP / "sweeps" / f"{name}.sh")],
+        env=environment(PYTHON=str(stub), OUT=str(tmp_path / "out")), start_new_session=True,
+    )  # fmt: skip
+
+    def begun() -> list[int]:
+        return [int(line) for line in log.read_text().split()] if log.exists() else []
+
+    until = time.monotonic() + 60
+    while len(begun()) < 2 and time.monotonic() < until:
+        time.sleep(0.05)
+    both = begun()
+    os.killpg(process.pid, sent)  # as a terminal does, or a batch system: to the script and what runs in its foreground
+    assert process.wait(60) == 128 + sent
+    while any(map(psutil.pid_exists, both)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert begun() == both
+    assert len(both) == 2
+    assert not any(map(psutil.pid_exists, both))
 
 
 def truthfulqa(folder: Path) -> Path:

@@ -75,7 +75,7 @@ class Call(NamedTuple):
 
 
 def _sees(query: Sequence[Any], key: Sequence[Any], window: int | None) -> Any:
-    """The rule itself, for a query and a key of one group, each given as (place in the row, owner, position)."""
+    """The rule itself, for a query and a key of one group, each given as (place, owner, position)."""
     seen = (query[0] >= key[0]) & ((key[1] == 0) | (query[1] == key[1]))
     return seen if window is None else seen & (query[2] - key[2] < window)
 
@@ -163,8 +163,8 @@ def _seen(prompt: Places, length: Places, query: Places, key: Places, window: in
         key: (K,) of keys.
         window: Tokens that a token sees, itself included; None: all.
     """
-    ahead = (prompt + query)[:, :, None] - key
-    seen = ahead >= 0 if window is None else (ahead >= 0) & (ahead < window)
+    place = (prompt + query)[:, :, None]  # a segment is one sequence: of one owner, and places are positions
+    seen = _sees((place, 1, place), (key, 1, key), window)
     return np.where((query < length)[:, :, None], seen, key == 0)[:, None]
 
 
