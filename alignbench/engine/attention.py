@@ -10,6 +10,7 @@ together, and `packed_flex` runs FlexAttention with a block mask on the whole ro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -64,14 +65,30 @@ class Call(NamedTuple):
     """Segments of one shape, which attend together.
 
     Attributes:
-        queries: (B, Q) places in the row; those that fill a segment up repeat its last one.
+        queries: (B, Q), how many segments there are and their queries, filled up to one length.
         keys: (B, K), likewise.
         mask: (B, 1, Q, K), True where a query sees a key; None where that is the plain causal mask.
     """
 
+    queries: tuple[int, int]
+    keys: tuple[int, int]
+    mask: torch.Tensor | None
+
+
+class Calls(NamedTuple):
+    """The calls that cover a row, in order.
+
+    Attributes:
+        each: What their shapes and masks are.
+        queries: (sum of B Q,) places in the row of all calls' queries; those that fill up repeat their segment's last.
+        keys: (sum of B K,), likewise.
+        back: (T,) where among the queries each token is.
+    """
+
+    each: tuple[Call, ...]
     queries: torch.Tensor
     keys: torch.Tensor
-    mask: torch.Tensor | None
+    back: torch.Tensor
 
 
 def _sees(query: Sequence[Any], key: Sequence[Any], window: int | None) -> Any:
@@ -102,21 +119,23 @@ class Packing:
         group, owner, position = (x.to(device, non_blocking=True) for x in (self.group, self.owner, self.position))
         return Packing(self.segments, group, owner, position)
 
-    def calls(self, window: int | None) -> tuple[list[Call], torch.Tensor]:
-        """The calls that cover the row, and where among their queries each token is: made once, for all layers."""
+    def calls(self, window: int | None) -> Calls:
+        """The calls that cover the row: arranged once, for all layers."""
         if ("sdpa", window) not in self._masks:
             self._masks["sdpa", window] = self._arranged(window)
-        found: tuple[list[Call], torch.Tensor] = self._masks["sdpa", window]
+        found: Calls = self._masks["sdpa", window]
         return found
 
-    def _arranged(self, window: int | None) -> tuple[list[Call], torch.Tensor]:
+    def _arranged(self, window: int | None) -> Calls:
         alike: dict[tuple[int, int, bool], list[tuple[int, int, int, int]]] = {}
         start = prompt_start = 0
         for part in self.segments:
             prompt_start = prompt_start if part.prompt else start
             alike.setdefault(part.shape(window), []).append((start, part.length, prompt_start, part.prompt))
             start += part.length
-        device, calls, back, used = self.group.device, [], np.empty(start, np.int64), 0
+        device, back, used = self.group.device, np.empty(start, np.int64), 0
+        each: list[Call] = []
+        places: tuple[list[Places], list[Places]] = ([], [])
         for (queries, keys, causal), parts in alike.items():
             start_of, length, prompt_of, prompt = np.array(parts).T[:, :, None]
             query, key = np.arange(queries), np.arange(keys)
@@ -124,11 +143,13 @@ class Packing:
             last = np.minimum(key, prompt + length - 1)
             asked = np.where(last < prompt, prompt_of + last, start_of + last - prompt)
             seen = None if causal else torch.from_numpy(_seen(prompt, length, query, key, window)).to(device)
-            calls.append(Call(torch.from_numpy(asking).to(device), torch.from_numpy(asked).to(device), seen))
+            each.append(Call((len(parts), queries), (len(parts), keys), seen))
+            for side, found in zip(places, (asking, asked), strict=True):
+                side.append(found.reshape(-1))
             real = query < length
             back[asking[real]] = used + np.flatnonzero(real)
             used += real.size
-        return calls, torch.from_numpy(back).to(device)
+        return Calls(tuple(each), *(torch.from_numpy(x).to(device) for x in (*map(np.concatenate, places), back)))
 
     def mask_mod(self, window: int | None) -> Callable[..., torch.Tensor]:
         """FlexAttention's form of the mask."""
@@ -266,19 +287,27 @@ def _sdpa(
     alone: a sequence's numbers do not depend, not even in their last bit, on what it shares a row with.
     """
     heads, width = query.shape[1], query.shape[3]
-    tokens = [x.transpose(1, 2).reshape(-1, heads * width) for x in (query, key, value)]
-    calls, back = packing.calls(window)
+    calls = packing.calls(window)
+    # gathered for all calls at once: the gradient then goes back in one piece, not in one of the row's size per call
+    gathered = [
+        x.transpose(1, 2).reshape(-1, heads * width).index_select(0, places).split([math.prod(n) for n in shapes])
+        for x, places, shapes in (
+            (query, calls.queries, [call.queries for call in calls.each]),
+            (key, calls.keys, [call.keys for call in calls.each]),
+            (value, calls.keys, [call.keys for call in calls.each]),
+        )
+    ]
     found = []
-    for call in calls:
+    for call, *parts in zip(calls.each, *gathered, strict=True):
         q, k, v = (
-            x.index_select(0, places.flatten()).view(*places.shape, heads, width).transpose(1, 2)
-            for x, places in zip(tokens, (call.queries, call.keys, call.keys), strict=True)
+            x.view(*shape, heads, width).transpose(1, 2)
+            for x, shape in zip(parts, (call.queries, call.keys, call.keys), strict=True)
         )
         part = F.scaled_dot_product_attention(
             q, k, v, attn_mask=call.mask, dropout_p=dropout, scale=scaling, is_causal=call.mask is None
         )
         found.append(part.transpose(1, 2).reshape(-1, heads * width))
-    return torch.cat(found).index_select(0, back).view(1, -1, heads, width)
+    return torch.cat(found).index_select(0, calls.back).view(1, -1, heads, width)
 
 
 @cache

@@ -37,11 +37,11 @@ from alignbench.stages.stage import (
 )
 from alignbench.stages.tokens import (
     TokenSpec,
-    encode_pairs,
     encode_responses,
     mismatch,
     mismatched_rows,
     prompt_ids,
+    split_pairs,
 )
 from alignbench.stages.training import on_device
 
@@ -315,10 +315,9 @@ def _pair_tables(ctx: Context, tokenizer: Any) -> dict[str, Table]:
     tables: dict[str, Table] = {}
     report = TruncationReport()
     for split in ("train", "validation"):
-        wanted = [i for i, row in enumerate(rows) if row["split"] == split]
-        if not wanted:
+        pairs = split_pairs(ctx.inputs["rows"], rows, split, ctx.inputs["policy"], tokenizer, spec.tokens)
+        if pairs is None:
             continue
-        pairs = encode_pairs(rows, wanted, tokenizer, spec.tokens)
         report = pairs.report if split == "train" else report
         arrays = {"index": pairs.index}
         columns = {f"response_{k}": pairs.responses[k] for k in (0, 1)}

@@ -19,7 +19,7 @@ from alignbench.losses import PairLoss, pair_loss
 from alignbench.models import policy as policies
 from alignbench.problem import ratio_from_lambda
 from alignbench.stages.stage import Context, Estimate, Facts, Runtime, Stage, register
-from alignbench.stages.tokens import TokenSpec, encode_pairs, mismatched_rows
+from alignbench.stages.tokens import TokenSpec, mismatched_rows, split_pairs
 from alignbench.stages.training import train_and_save, training_estimate
 from alignbench.store import Artifact
 
@@ -261,10 +261,9 @@ def _objective(
     from safetensors.numpy import load_file
 
     cached: Artifact = ctx.inputs["reference_logprobs"]
-    wanted = [i for i, row in enumerate(rows) if row["split"] == split]
-    if not wanted:
+    pairs = split_pairs(ctx.inputs["pairs"], rows, split, ctx.inputs["start"], tokenizer, spec.tokens)
+    if pairs is None:
         return None
-    pairs = encode_pairs(rows, wanted, tokenizer, spec.tokens)
     if split == "train":
         write_json(ctx.out / "truncation.json", pairs.report.to_dict())
     saved = load_file(cached.path(f"{split}.safetensors"))

@@ -12,6 +12,10 @@ from alignbench.data.templates import render_prompt
 from alignbench.data.tokenize import TruncationReport, encode, encode_pair, encode_prompt
 from alignbench.engine.batching import Row
 from alignbench.errors import DataError
+from alignbench.store import Artifact
+
+#: Tokens of pairs that a process keeps between stages, of all splits together: some 80 MB.
+KEPT_TOKENS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -83,6 +87,55 @@ def encode_pairs(rows: Sequence[Mapping[str, Any]], index: Sequence[int], tokeni
             mend="raise model.max_length, or lower model.max_prompt_length",
         )
     return PairRows(np.array(kept, dtype=np.int64), sides, report)
+
+
+@dataclass(frozen=True)
+class _Of:
+    """What tokenised pairs are a function of: the pairs and a split of them, the tokenizer's files, how it is used."""
+
+    pairs: str
+    split: str
+    tokenizer: tuple[tuple[str, str], ...]
+    spec: TokenSpec
+
+
+_kept: dict[_Of, tuple[PairRows, int]] = {}  # with their tokens, what was asked for last at the end
+
+
+def split_pairs(
+    pairs: Artifact, rows: Sequence[Mapping[str, Any]], split: str, policy: Artifact, tokenizer: Any, spec: TokenSpec
+) -> PairRows | None:
+    """The tokenised pairs of a split; None if it has no row.
+
+    A sweep asks for the same ones again and again, a small model's quarter pass being three times as long as
+    tokenising what it trains on. So they are kept in this process, the latest up to `KEPT_TOKENS`.
+
+    Args:
+        pairs: The artifact that `rows` were read from.
+        rows: Its pairs.jsonl.
+        split: Which of them.
+        policy: A policy with the tokenizer: its files tell it from others.
+        tokenizer: That policy's tokenizer.
+        spec: Template and lengths.
+
+    Raises:
+        DataError: no pair is left.
+    """
+    wanted = [i for i, row in enumerate(rows) if row["split"] == split]
+    if not wanted:
+        return None
+    # all files of its folder but the weights; training copies them as they are
+    folder = {name: file for name, file in policy.manifest["files"].items() if name.startswith("policy/")}
+    files = tuple(sorted((name, file["sha256"]) for name, file in folder.items() if not name.endswith(".safetensors")))
+    of = _Of(pairs.key, split, files, spec)
+    found, tokens = _kept.pop(of, (None, 0))
+    if found is None:
+        found = encode_pairs(rows, wanted, tokenizer, spec)
+        tokens = sum(len(row.ids) for side in found.responses for row in side)
+    _kept[of] = found, tokens
+    while sum(each for _, each in _kept.values()) > KEPT_TOKENS:
+        del _kept[next(iter(_kept))]
+    return found
 
 
 def encode_demonstrations(

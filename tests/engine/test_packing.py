@@ -179,15 +179,19 @@ def test_both_kernels_masks_are_the_definition(seed, window):
     assert not dense[length:, :length].any()
 
     found = torch.zeros_like(wanted)
-    calls, back = packing.prepare(rows, tiny.PAD, SDPA).packing.calls(window)
-    seen = [
-        torch.ones(call.queries.shape[1], call.keys.shape[1], dtype=torch.bool).tril().expand(len(call.queries), -1, -1)
-        if call.mask is None else call.mask[:, 0]
-        for call in calls
-    ]  # fmt: skip
-    queries = [(call.keys[i], seen[k][i, q]) for k, call in enumerate(calls) for i, q in np.ndindex(call.queries.shape)]
-    for token, place in enumerate(back.tolist()):
-        keys, own = queries[place]
+    calls = packing.prepare(rows, tiny.PAD, SDPA).packing.calls(window)
+    seen, asking, asked = [], 0, 0  # by query: the keys it is given, and which of them it sees
+    for call in calls.each:
+        (count, queries), (_, keys) = call.queries, call.keys
+        mask = torch.ones(queries, keys, dtype=torch.bool).tril().expand(count, 1, -1, -1)
+        mask = mask if call.mask is None else call.mask
+        given_keys = calls.keys[asked : asked + count * keys].view(count, keys)
+        seen += [(given_keys[i], mask[i, 0, q]) for i, q in np.ndindex(count, queries)]
+        asking, asked = asking + count * queries, asked + count * keys
+    assert (asking, asked) == (len(calls.queries), len(calls.keys))
+    assert torch.equal(calls.queries[calls.back], torch.arange(length))
+    for token, place in enumerate(calls.back.tolist()):
+        keys, own = seen[place]
         # what fills a segment up repeats a key behind what is seen
         assert len(set(keys[own].tolist())) == int(own.sum())
         found[token, keys[own]] = True
