@@ -37,7 +37,7 @@ def lines_of_the_script() -> list[list[str]]:
     text = re.sub(r"\\\n *", "", SCRIPT.read_text())
     values = dict(re.findall(r"^(\w+)='(.*)'$", text, re.M))
     filled = re.sub(r'"\$(grid|exact|pairs)"', lambda m: f"'{values[m[1]]}'", text)
-    return [shlex.split(line)[1:] for line in filled.splitlines() if line.strip().startswith("run ")]
+    return [shlex.split(line)[1:] for line in filled.splitlines() if line.strip().startswith("sweep ")]
 
 
 def test_the_script_makes_what_the_claims_declare() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -41,6 +42,16 @@ def test_a_ready_sweep_plans_as_it_stands(tmp_path: Path, name: str) -> None:
     assert done.stdout.count("plan of the sweep: ") == script.count("main.py -m")
     assert "raised" not in done.stderr
     assert "minutes" in script or "hours" in script  # its cost stands in its head
+
+
+def test_plans_of_two_lanes_come_one_after_the_other(tmp_path: Path) -> None:
+    done = started(tmp_path, "head_to_head", "plan=true", "seed=0", "constraint.thresholds=[0.1]", "debug=tiny")
+    assert done.returncode == 0, done.stderr
+    said = re.findall(r"Launching|plan of the sweep", done.stdout)
+    assert said == ["Launching", "plan of the sweep"] * 4
+    assert not (tmp_path / "out").exists() or not read_records(tmp_path / "out")  # and no report of nothing
+    assert "compare" not in done.stdout
+    assert "minutes" in (TOP / "sweeps" / "head_to_head.sh").read_text()
 
 
 @pytest.mark.slow

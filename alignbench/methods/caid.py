@@ -37,6 +37,8 @@ class _Iterative:
         dual_step_scale: Factor on the curvature's step.
         on_policy_samples: Responses per prompt of each new policy.
         reported: "last" (paper, implied), "best_feasible" or "average".
+        measure_last: Whether the last iterate's slack is measured, too: no step follows, but the dual's course ends
+            with it, and "best_feasible" compares it.
         evaluate_iterates: Whether every iterate gets a row, or only the first and the reported one.
     """
 
@@ -45,6 +47,7 @@ class _Iterative:
     dual_step_scale: float = 1.0
     on_policy_samples: int = 8
     reported: str = "last"
+    measure_last: bool = True
     evaluate_iterates: bool = False
 
     def check_iterations(self) -> None:
@@ -61,6 +64,12 @@ class _Iterative:
         if self.reported not in REPORTED:
             raise ConfigError(
                 f"reported = {self.reported!r}", where="method.reported", mend=f"one of: {', '.join(REPORTED)}"
+            )
+        if self.reported == "best_feasible" and not self.measure_last:
+            raise ConfigError(
+                "the best iterate cannot be told while the last one's slack is not measured",
+                where="method.measure_last",
+                mend="method.measure_last=true, or method.reported=last",
             )
 
 
@@ -137,9 +146,11 @@ def _iterate(
         policy = relabel_and_train(  # (7): from the last iterate's weights, against pi_ref
             lab, problem, policy, scores, multipliers, settings.step, f"{name} {t}", round=t - 1, **options
         )
-        slack = lab.slack(problem, measured(policy, f"{name} {t}"), bank, label=f"{name} {t}")  # (5)
+        last, slack = t == settings.iterations, None
+        if settings.measure_last or not last:
+            slack = lab.slack(problem, measured(policy, f"{name} {t}"), bank, label=f"{name} {t}")  # (5)
         iterates.append(Iterate(policy, multipliers, slack))
-        if t < settings.iterations:
+        if slack is not None and not last:
             multipliers = lab.step(  # (6)
                 multipliers,
                 slack,

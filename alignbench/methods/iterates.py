@@ -20,11 +20,11 @@ REPORTED = ("last", "best_feasible", "average")
 
 @dataclass(frozen=True)
 class Iterate:
-    """One iterate of a dual method: its policy, the multipliers it was trained at, and its measured slack."""
+    """One iterate of a dual method: its policy, the multipliers it was trained at, and its slack if it was measured."""
 
     policy: Node
     multipliers: Node
-    slack: Node
+    slack: Node | None
 
 
 def report_iterates(
@@ -84,8 +84,9 @@ def _swings(entries: Sequence[dict[str, Any]]) -> bool:
 
     Few iterations show no settled pattern, so only swings that sampling cannot explain count.
     """
-    for utility in entries[0]["slack"] if len(entries) >= 4 else ():
-        late = [entry["slack"][utility] for entry in entries[-4:]]
+    measured = [entry["slack"] for entry in entries if entry["slack"]]
+    for utility in measured[0] if len(measured) >= 4 else ():
+        late = [slack[utility] for slack in measured[-4:]]
         clear = all(s["low"] is not None and (s["low"] > 0 or s["high"] < 0) for s in late)
         if clear and all(a["mean"] * b["mean"] < 0 for a, b in pairwise(late)):
             return True
@@ -93,7 +94,8 @@ def _swings(entries: Sequence[dict[str, Any]]) -> bool:
 
 
 def _entry(lab: Lab, iteration: int, one: Iterate) -> dict[str, Any] | None:
-    stated, measured = lab.peek(one.multipliers, "multipliers.json"), lab.peek(one.slack, "slack.json")
+    stated = lab.peek(one.multipliers, "multipliers.json")
+    measured = {"slack": {}, "reward": None} if one.slack is None else lab.peek(one.slack, "slack.json")
     if stated is None or measured is None:
         return None
     return {

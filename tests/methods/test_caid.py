@@ -149,6 +149,21 @@ def test_every_iterate_is_in_the_record_with_its_own_slack(once: Once) -> None:
     assert [one["policy"] for one in few.record["outcome"]["trajectory"]] == ["iterate 1", None, "mocaid"]
 
 
+def test_an_unmeasured_last_slack_changes_no_policy(once: Once) -> None:
+    done, without = once(*THREE), once(*THREE, "method.measure_last=false")
+    assert without.weights("prefer mocaid 3") == done.weights("prefer mocaid 3")
+    whole, cut = (run.record["outcome"]["trajectory"] for run in (done, without))
+    assert cut[:2] == whole[:2]
+    assert (cut[2]["slack"], cut[2]["reward"]) == ({}, None)
+    assert {k: v for k, v in cut[2].items() if k not in ("slack", "reward")} == {
+        k: v for k, v in whole[2].items() if k not in ("slack", "reward")
+    }
+    costs = [run.record["cost"]["total"]["generated_tokens"] for run in (done, without)]
+    assert costs[0] > costs[1]
+    with pytest.raises(ConfigError, match="last one's slack"):
+        once(*THREE, "method.measure_last=false", "method.reported=best_feasible")
+
+
 def test_two_utilities_step_by_the_largest_eigenvalue(once: Once) -> None:
     done = once("method=mocaid", *FAST, *TWO, "method.iterations=2")
     assert_trajectory(done, "mocaid", ["safety", "politeness"], [0.1, 0.02], 2)

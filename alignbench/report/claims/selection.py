@@ -20,7 +20,7 @@ REPORTED, REFERENCE, FIRST = "reported", "reference", "first iterate"
 UTILITY = "utility"
 # what changes no policy, beyond what `settings_of` leaves out
 _OTHER = ("judge", "benchmark", "constraint.thresholds")
-_SAME_POLICIES = ("method.evaluate_iterates",)
+_SAME_POLICIES = ("method.evaluate_iterates", "method.measure_last")
 # where the exact numbers are taken: the prompts that the dual was solved on
 SPLIT = "train"
 

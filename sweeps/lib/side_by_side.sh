@@ -1,0 +1,39 @@
+# Sourced by scripts of two sweeps at once. They have: out, options (what they were called with), python.
+
+# one sweep; what fails is remembered, and the rest goes on
+status=0
+sweep() {
+    "$python" main.py -m output_dir="$out" hardware.threads=1 "$@" ${options[@]+"${options[@]}"} || status=$?
+}
+
+planned() {
+    case " ${options[*]-} " in *" plan=true "*) return 0 ;; esac
+    return 1
+}
+
+# side_by_side FUNCTION...: run them at once, each in a process group of its own, so that all of it can be stopped: by
+# Ctrl-C, which the background does not hear, or by a signal to the script alone. Plans come one after the other, for
+# they are to be read. The result is that of a function that failed.
+side_by_side() {
+    local each failed=0
+    lanes=()
+    for each in "$@"; do
+        if planned; then
+            "$each" || failed=$?
+            continue
+        fi
+        set -m
+        "$each" &
+        set +m
+        lanes+=("$!")
+    done
+    if planned; then return "$failed"; fi
+    trap 'kill -- "${lanes[@]/#/-}" 2>/dev/null || true' EXIT
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
+    for each in "${lanes[@]}"; do
+        wait "$each" || failed=$?
+    done
+    trap - EXIT INT TERM
+    return "$failed"
+}
