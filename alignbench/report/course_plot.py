@@ -55,8 +55,10 @@ def _draw(
 ) -> None:
     columns = sorted({thresholds for _, thresholds in runs})
     plt = pyplot()
+    size = (4.3 * len(columns) + 0.6, 5.6)
+    # the last iteration's gap may not have been measured, and stands below its multiplier all the same
     figure, panels = plt.subplots(
-        2, len(columns), figsize=(4.3 * len(columns) + 0.6, 5.6), layout="constrained", squeeze=False, sharey="row"
+        2, len(columns), figsize=size, layout="constrained", squeeze=False, sharex="col", sharey="row"
     )
     ends: dict[tuple[int, int], list[tuple[str, float, float, str]]] = {}
     for k, thresholds in enumerate(columns):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,21 @@ def test_courses_show_the_gap_with_its_interval(
     band = below.collections[0].get_paths()[0].vertices[:, 1]
     assert (band.min(), band.max()) == pytest.approx((-0.25, 0.05))
     assert other.get_ylim() == below.get_ylim()
+
+
+def test_a_gap_that_was_not_measured_leaves_its_iteration_in_place(
+    sweep: tuple[Path, list[Any]], tmp_path: Path, drawn: list[Any]
+) -> None:
+    one_seed = copy.deepcopy([record for record in sweep[1] if record["seed"] == 0])
+    for record in one_seed:
+        for entry in record["outcome"]["trajectory"][-1:]:
+            entry |= {"slack": {}, "reward": None}
+    assert courses(one_seed, tmp_path / "p") == ["safety"]
+    (figure,) = drawn
+    (above, _), (below, _) = np.array(figure.axes).reshape(2, 2)
+    assert [len(line.get_xdata()) for line in above.lines] == [3]
+    assert [float(y) for y in below.lines[0].get_ydata()] == pytest.approx([0.0, -0.1], abs=1e-12)
+    assert below.get_xlim() == above.get_xlim()
 
 
 def test_ratings_join_a_policys_seeds(sweep: tuple[Path, list[Any]], tmp_path: Path, drawn: list[Any]) -> None:
