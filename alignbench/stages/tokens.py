@@ -12,10 +12,8 @@ from alignbench.data.templates import render_prompt
 from alignbench.data.tokenize import TruncationReport, encode, encode_pair, encode_prompt
 from alignbench.engine.batching import Row
 from alignbench.errors import DataError
+from alignbench.stages.kept import Kept
 from alignbench.store import Artifact
-
-#: Tokens of pairs that a process keeps between stages, of all splits together: some 80 MB.
-KEPT_TOKENS = 2_000_000
 
 
 @dataclass(frozen=True)
@@ -99,7 +97,8 @@ class _Of:
     spec: TokenSpec
 
 
-_kept: dict[_Of, tuple[PairRows, int]] = {}  # with their tokens, what was asked for last at the end
+#: Two million tokens of all splits together: some 80 MB.
+_KEPT = Kept[PairRows](2_000_000, lambda pairs: sum(len(row.ids) for side in pairs.responses for row in side))
 
 
 def split_pairs(
@@ -108,7 +107,7 @@ def split_pairs(
     """The tokenised pairs of a split; None if it has no row.
 
     A sweep asks for the same ones again and again, a small model's quarter pass being three times as long as
-    tokenising what it trains on. So they are kept in this process, the latest up to `KEPT_TOKENS`.
+    tokenising what it trains on. So they are kept in this process.
 
     Args:
         pairs: The artifact that `rows` were read from.
@@ -127,15 +126,7 @@ def split_pairs(
     # all files of its folder but the weights; training copies them as they are
     folder = {name: file for name, file in policy.manifest["files"].items() if name.startswith("policy/")}
     files = tuple(sorted((name, file["sha256"]) for name, file in folder.items() if not name.endswith(".safetensors")))
-    of = _Of(pairs.key, split, files, spec)
-    found, tokens = _kept.pop(of, (None, 0))
-    if found is None:
-        found = encode_pairs(rows, wanted, tokenizer, spec)
-        tokens = sum(len(row.ids) for side in found.responses for row in side)
-    _kept[of] = found, tokens
-    while sum(each for _, each in _kept.values()) > KEPT_TOKENS:
-        del _kept[next(iter(_kept))]
-    return found
+    return _KEPT.get(_Of(pairs.key, split, files, spec), lambda: encode_pairs(rows, wanted, tokenizer, spec))
 
 
 def encode_demonstrations(

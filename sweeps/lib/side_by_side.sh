@@ -1,9 +1,10 @@
 # Sourced by scripts of two sweeps at once. They have: out, options (what they were called with), python.
 
-# one sweep; what fails is remembered, and the rest goes on
+# one sweep; what fails is remembered, and the rest goes on. W&B's runs take 1 to 2 seconds each beside its own process,
+# and can be made from the records at any time: python -m alignbench.report wandb "$out" --runs offline
 status=0
 sweep() {
-    "$python" main.py -m output_dir="$out" hardware.threads=1 "$@" ${options[@]+"${options[@]}"} || status=$?
+    "$python" main.py -m output_dir="$out" hardware.threads=1 tracking=disabled "$@" ${options[@]+"${options[@]}"} || status=$?
 }
 
 planned() {

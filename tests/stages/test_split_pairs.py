@@ -23,7 +23,7 @@ def chain(tmp_path_factory: pytest.TempPathFactory) -> Chain:
 
 @pytest.fixture(autouse=True)
 def _nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokens, "_kept", {})
+    monkeypatch.setattr(tokens._KEPT, "_values", {})
 
 
 def asked(chain: Chain, split: str = "train", spec: TokenSpec = TOKENS, policy: Any = None) -> Any:
@@ -68,13 +68,13 @@ def test_no_more_tokens_are_kept_than_stated(chain: Chain, monkeypatch: pytest.M
         return sum(len(row.ids) for side in found.responses for row in side)
 
     train, validation = asked(chain), asked(chain, "validation")
-    monkeypatch.setattr(tokens, "KEPT_TOKENS", size(train) + size(validation) - 1)
+    monkeypatch.setattr(tokens._KEPT, "most", size(train) + size(validation) - 1)
     assert asked(chain) is train  # asked for last; the other one goes
     assert asked(chain) is train
     assert asked(chain, "validation") is not validation
-    monkeypatch.setattr(tokens, "KEPT_TOKENS", size(train) - 1)
+    monkeypatch.setattr(tokens._KEPT, "most", size(train) - 1)
     assert same(asked(chain), train)
-    assert not any(size(found) == size(train) for found, _ in tokens._kept.values())
+    assert not any(size(found) == size(train) for found, _ in tokens._KEPT._values.values())
 
 
 def test_pairs_that_teach_nothing_are_refused_every_time(chain: Chain) -> None:
