@@ -22,7 +22,15 @@ def independent(wins):
         theta = np.concatenate([[0.0], free])
         return sum(w * math.log1p(math.exp(theta[j] - theta[i])) for i, j, w in pairs)
 
-    found = minimize(loss, np.zeros(players - 1), method="BFGS", options={"gtol": 1e-10})
+    def slope(free):
+        theta, found = np.concatenate([[0.0], free]), np.zeros(players)
+        for i, j, w in pairs:
+            lost = w / (1 + math.exp(theta[i] - theta[j]))
+            found[i] -= lost
+            found[j] += lost
+        return found[1:]
+
+    found = minimize(loss, np.zeros(players - 1), jac=slope, method="BFGS", options={"gtol": 1e-10})
     return np.concatenate([[0.0], found.x])
 
 
