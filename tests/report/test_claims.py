@@ -32,7 +32,16 @@ from alignbench.report.claims.effects import (
     verdicts,
 )
 from alignbench.report.claims.page import commands, picture, sections_of
-from alignbench.report.claims.results import NOT_RUN, NOT_SUPPORTED, SUPPORTED, UNDECIDED, Result, results_of
+from alignbench.report.claims.results import (
+    NOT_RUN,
+    NOT_SUPPORTED,
+    SUPPORTED,
+    UNDECIDED,
+    Measured,
+    Result,
+    _judged,
+    results_of,
+)
 from alignbench.report.crossed import cross
 from alignbench.report.runs import collect
 
@@ -265,6 +274,23 @@ def test_every_threshold_must_hold(tmp_path: Path) -> None:
     mocan(tmp_path / "other", {0.3: 0.0}, noise=0.05)
     (other,) = judge(tmp_path / "other", "can-feasible").values()
     assert "points beyond those declared: 0.3" in other.notes
+
+
+@pytest.mark.parametrize(
+    ("id", "refutes", "told"),
+    [
+        ("can-feasible", (0.01, 0.9), "the correction for all claims of this paper"),
+        ("can-feasible", (0.02, 0.9), "the correction for the number of its parts"),
+        ("can-feasible", (0.03, 0.9), "within its error"),
+        ("sacpo-over-sft", (0.02, 0.9), "within its error"),  # the other point may hold
+    ],
+)
+def test_undecided_says_what_is_missing(id: str, refutes: tuple[float, ...], told: str) -> None:
+    claim, effect = BY_ID[id], effect_of(sample(np.random.default_rng(0), 0.0))
+    measured = tuple(Measured(claim.parts[0], "0.1", effect, Evidence(1.0, p)) for p in refutes)
+    joined = (some_of if claim.over == "some" else all_of)([each.evidence for each in measured])
+    result = Result(claim, "handbook", UNDECIDED, "", measured=measured, seeds=(0, 1, 2), evidence=joined)
+    assert _judged(result, UNDECIDED, 1.0, 1.0).reason.endswith(told)
 
 
 def test_one_point_is_enough_where_the_claim_says_some(tmp_path: Path) -> None:

@@ -222,17 +222,21 @@ def _judged(result: Result, verdict: str, supports: float, refutes: float) -> Re
     elif np.isnan(supports):
         reason = "all prompts and seeds alike: no spread is no confidence"
     elif verdict == UNDECIDED:
-        alone = min(evidence.supports, evidence.refutes) <= ALPHA
-        reason = (
-            "decided by itself, but not after the correction for all claims of this paper"
-            if alone
-            else "within its error"
-        )
+        reason = _undecided(result, evidence)
     else:
         reason = _because(found)
     # what failed is seldom missing by chance
     part = any(_MISSING in note for note in result.notes)
     return replace(found, reason=f"{reason} (not on all that was declared)" if part else reason)
+
+
+def _undecided(result: Result, evidence: Evidence) -> str:
+    if min(evidence.supports, evidence.refutes) <= ALPHA:
+        return "decided by itself, but not after the correction for all claims of this paper"
+    # where one point is enough to hold, one that does not says nothing
+    if result.claim.over != "some" and min(each.evidence.refutes for each in result.measured) <= ALPHA:
+        return "a part speaks against it by itself, but not after the correction for the number of its parts"
+    return "within its error"
 
 
 def _because(result: Result) -> str:
