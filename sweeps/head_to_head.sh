@@ -14,12 +14,18 @@ grid='[-0.2],[0.0],[0.1],[0.2],[0.4]'
 iterated() {
     sweep seed=2,1,0 method=mocaid method.measure_last=false constraint.thresholds="$grid"
     sweep seed=2,1,0 method=pecaid method.measure_last=false constraint.thresholds="$grid"
-    return "$status"
+    last
 }
 
 others() {
     sweep seed=0,1,2 method=sacpo,mocan,pecan,pd_dpo constraint.thresholds="$grid"
-    sweep seed=0,1,2 method=sft,dpo_helpful,dpo_safe,naive_merge,p_sacpo
+    last
+}
+
+last() {
+    for each in p_sacpo naive_merge sft,dpo_helpful,dpo_safe; do
+        if first "$each"; then sweep seed=0,1,2 method="$each"; fi
+    done
     return "$status"
 }
 

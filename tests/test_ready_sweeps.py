@@ -48,10 +48,27 @@ def test_plans_of_two_lanes_come_one_after_the_other(tmp_path: Path) -> None:
     done = started(tmp_path, "head_to_head", "plan=true", "seed=0", "constraint.thresholds=[0.1]", "debug=tiny")
     assert done.returncode == 0, done.stderr
     said = re.findall(r"Launching|plan of the sweep", done.stdout)
-    assert said == ["Launching", "plan of the sweep"] * 4
+    assert said == ["Launching", "plan of the sweep"] * 6
     assert not (tmp_path / "out").exists() or not read_records(tmp_path / "out")  # and no report of nothing
     assert "compare" not in done.stdout
     assert "minutes" in (TOP / "sweeps" / "head_to_head.sh").read_text()
+
+
+def test_two_lanes_run_every_method_once_and_report(tmp_path: Path) -> None:
+    stub, log = tmp_path / "python", tmp_path / "log"
+    stub.write_text(f'#!/bin/sh\nsleep 0.1\necho "$@" >> {log}\n')
+    stub.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(TOP / "sweeps" / "head_to_head.sh")],
+        env=environment(PYTHON=str(stub), OUT="out", TMPDIR=str(tmp_path)), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    called = log.read_text().splitlines()
+    methods = [name for line in called for name in re.findall(r"method=(\S+)", line)]
+    once = "dpo_helpful dpo_safe mocaid mocan naive_merge p_sacpo pd_dpo pecaid pecan sacpo sft"
+    assert " ".join(sorted(",".join(methods).split(","))) == once
+    assert [line.split()[2] for line in called[-3:]] == ["compare", "plots", "dashboard"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "python"]  # what the lanes agreed on is gone
 
 
 @pytest.mark.slow

@@ -11,6 +11,9 @@ sweep() {
     "$python" main.py -m "${common[@]}" "$@" ${options[@]+"${options[@]}"} || status=$?
 }
 
+# first NAME: whether this lane is the first to ask for it; what is left at the end goes to whichever lane is free
+first() { mkdir "$asked/$1" 2>/dev/null; }
+
 planned() {
     case " ${options[*]-} " in *" plan=true "*) return 0 ;; esac
     return 1
@@ -21,24 +24,26 @@ planned() {
 # they are to be read. The result is that of a function that failed.
 side_by_side() {
     local each failed=0
+    asked=$(mktemp -d)
+    trap 'rm -r "$asked"' EXIT
+    if planned; then
+        for each in "$@"; do "$each" || failed=$?; done
+        return "$failed"
+    fi
     lanes=()
     for each in "$@"; do
-        if planned; then
-            "$each" || failed=$?
-            continue
-        fi
         set -m
         "$each" &
         set +m
         lanes+=("$!")
     done
-    if planned; then return "$failed"; fi
-    trap 'kill -- "${lanes[@]/#/-}" 2>/dev/null || true' EXIT
+    trap 'kill -- "${lanes[@]/#/-}" 2>/dev/null || true; rm -r "$asked"' EXIT
     trap 'exit 130' INT
     trap 'exit 143' TERM
     for each in "${lanes[@]}"; do
         wait "$each" || failed=$?
     done
-    trap - EXIT INT TERM
+    trap 'rm -r "$asked"' EXIT
+    trap - INT TERM
     return "$failed"
 }
