@@ -52,7 +52,7 @@ def test_the_kept_claims_are_what_their_records_say(tmp_path: Path) -> None:
 
 def test_the_kept_head_to_head_is_what_its_records_say(tmp_path: Path) -> None:
     main(["compare", str(unpacked("head_to_head", tmp_path))])
-    (path,) = tmp_path.glob("compare-*.md")
+    (path,) = tmp_path.glob("compare*.md")
     ours, theirs = (split(each.read_text("utf-8")) for each in (path, RESULTS / "head_to_head" / "table.md"))
     assert ours[0] == theirs[0]
     assert ours[1] == pytest.approx(theirs[1], abs=LAST)
