@@ -195,9 +195,9 @@ def saved_bytes(widths: Widths, work: Work, hardware: HardwareConfig, lora: Lora
 def _saved_per_token(widths: Widths, lora: LoraConfig | None) -> float:
     """Numbers that autograd saves per token and block.
 
-    A norm saves its input and, for its weight, the normed input; a linear layer its input, for its weight; attention
-    query, key, value and result; a gated feed-forward layer gate, its activation, and up, a plain one what its
-    activation is of. Frozen weights save nothing, adapters the input of the layers that they sit in.
+    A norm saves its normed input (`models.norms`; GPT-NeoX's its input); a linear layer its input, for its weight;
+    attention query, key, value and result; a gated feed-forward layer gate, its activation, and up, a plain one what
+    its activation is of. Frozen weights save nothing, adapters the input of the layers that they sit in.
     """
     repeated = widths.query if widths.value < widths.query else widths.value  # grouped keys are repeated
     attention = 2 * widths.query + 2 * repeated
@@ -206,7 +206,7 @@ def _saved_per_token(widths: Widths, lora: LoraConfig | None) -> float:
         always = widths.hidden + attention + widths.inner
     inputs = {"attention": widths.hidden, "output": widths.query, "mlp": widths.hidden, "down": widths.inner}
     if lora is None:
-        return always + 2 * widths.hidden + sum(inputs.values())
+        return always + sum(inputs.values()) + (2 * widths.hidden if widths.neox else 0)
     adapted = {_INPUTS.get(target, "attention") for target in lora.targets}
     dropped = 2 if lora.dropout else 1  # a dropped-out copy for every adapter
     return always + dropped * sum(inputs[name] for name in adapted)

@@ -18,6 +18,7 @@ from alignbench.engine.batching import Row
 from alignbench.engine.logprobs import LogProbPolicy
 from alignbench.engine.packing import prepare
 from alignbench.hardware import HardwareConfig
+from alignbench.models.norms import with_fused_norms
 from alignbench.models.policy import add_lora
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
@@ -111,7 +112,7 @@ def test_what_autograd_saves_is_what_is_counted(
     if hasattr(Patched, "linear_bk"):
         monkeypatch.setattr(torch.nn.functional, "linear", Patched.linear_bk)
     torch.manual_seed(0)
-    policy = bench.policy_of(model)
+    policy = with_fused_norms(bench.policy_of(model))
     lora = None if adapters is None else LoraConfig(**adapters)
     if lora is not None:
         policy = add_lora(policy, lora, 0)

@@ -25,6 +25,7 @@ from alignbench.architecture import family_of, transformers_config
 from alignbench.config import ArchitectureConfig, LoraConfig
 from alignbench.engine import group
 from alignbench.errors import ModelError
+from alignbench.models.norms import with_fused_norms
 from alignbench.models.weights import WEIGHT_SUFFIX
 
 END, PAD = "<|end|>", "<|pad|>"
@@ -192,7 +193,7 @@ def load_whole(
             where=str(folder),
             mend="load and re-save the checkpoint, or get an intact copy; working with it would be silent ruin",
         )
-    return hold((model if zero3 else model.to(device)).eval())
+    return hold(with_fused_norms(model if zero3 else model.to(device)).eval())
 
 
 @contextlib.contextmanager
