@@ -11,10 +11,14 @@ options=("$@")
 . sweeps/lib/side_by_side.sh
 grid='[-0.2],[0.0],[0.1],[0.2],[0.4]'
 
-# what the last policy achieved is measured on test prompts, like everybody's: no dual step follows its slack
+# what the last policy achieved is measured on test prompts, like everybody's: no dual step follows its slack; each of
+# the others is measured on as many responses as PD-DPO's
 iterated() {
-    sweep seed=2,1,0 method=mocaid method.measure_last=false constraint.thresholds="$grid"
-    sweep seed=2,1,0 method=pecaid method.measure_last=false constraint.thresholds="$grid"
+    local each
+    for each in mocaid pecaid; do
+        sweep seed=2,1,0 method="$each" method.measure_last=false method.on_policy_samples=4 \
+            constraint.thresholds="$grid"
+    done
     last
 }
 
@@ -24,6 +28,7 @@ others() {
 }
 
 last() {
+    local each
     for each in p_sacpo naive_merge sft,dpo_helpful,dpo_safe; do
         if first "$each"; then sweep seed=0,1,2 method="$each"; fi
     done
@@ -32,7 +37,8 @@ last() {
 
 side_by_side iterated others || status=$?
 if planned; then exit "$status"; fi # a plan makes no records
+"$python" -m alignbench.report dashboard "$out" &
 "$python" -m alignbench.report compare "$out"
 "$python" -m alignbench.report plots "$out"
-"$python" -m alignbench.report dashboard "$out"
+wait "$!" || status=$?
 exit "$status"

@@ -112,8 +112,7 @@ def test_the_script_starts_its_runs_and_then_the_page(tmp_path: Path, options: l
     status, found = started(tmp_path, *options, fails=fails)
     if options != ["plan=true"]:
         assert found.pop() == ["-m", "alignbench.report", "claims", f"{tmp_path}/a sweep"]
-    every = [f"output_dir={tmp_path}/a sweep", "hardware.threads=1"]
-    every += ["hardware.generation_batch=1024", "tracking=disabled"]
-    # two at a time, in any order
-    assert sorted(found) == sorted(["main.py", "-m", *every, *line, *options] for line in lines_of_the_script())
+    common = [f"output_dir={tmp_path}/a sweep", "hardware.threads=1", "hardware.generation_batch=1024"]
+    every = [["main.py", "-m", *common, "tracking=disabled", *line, *options] for line in lines_of_the_script()]
+    assert sorted(found) == sorted(every)  # two at a time, in any order
     assert status == (0 if fails == "nothing" else 1)

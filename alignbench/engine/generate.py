@@ -103,7 +103,7 @@ def held_bytes(policy: Any, prompts: int, samples: int, longest: int, new_tokens
     """Bytes that sampling a batch needs: its keys and values, and drawing from its logits.
 
     One layer's block is copied at a time when blocks grow, and attention makes fp32 of one layer: that share more.
-    Drawing takes some four float64 numbers per token of the vocabulary beside the logits in fp32.
+    Drawing takes at most some four float64 numbers per token of the vocabulary beside the logits in fp32.
     """
     from alignbench.engine import kv, shared  # they load transformers, which a run that finds everything has no use for
 
@@ -190,11 +190,13 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, temperature: float, top_p:
 
     With `top_p` < 1 only the smallest set of likeliest tokens with at least that mass is kept.
     """
-    scaled = logits if temperature == 1 else logits.double() / temperature
-    probabilities = torch.softmax(scaled, -1, dtype=torch.float64)
+    scaled = logits if temperature == 1 else logits.float() / temperature
     if top_p < 1:
+        probabilities = torch.softmax(scaled, -1, dtype=torch.float64)
         probabilities = probabilities * nucleus(probabilities, top_p)
-    cumulative = probabilities.cumsum(-1)
+    else:  # rounded like the logits themselves; it is sums over a vocabulary that fp32 is too coarse for
+        probabilities = torch.softmax(scaled, -1, dtype=torch.float32)
+    cumulative = probabilities.cumsum(-1, dtype=torch.float64)
     target = (uniform.double() * cumulative[:, -1]).unsqueeze(-1)
     # strictly greater: a token of probability zero is never drawn, not even at uniform = 0
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)

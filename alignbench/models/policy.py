@@ -34,13 +34,18 @@ SCORE_HEAD = "score_head"
 _HELD: WeakSet[torch.nn.Module] = WeakSet()
 
 
-def held() -> int:
+def held(least: int = 0) -> int:
     """Policies that this process holds in memory now: those built or loaded here that something still refers to.
 
     Counted after a garbage collection, since a model often sits in reference cycles and would outlive its last use
     by a while. A model under LoRA is one policy with its adapters.
+
+    Args:
+        least: How many are certainly held; where there are no more, nothing needs to be collected (a third of a
+            second).
     """
-    gc.collect()
+    if len(_HELD) > least:
+        gc.collect()
     return len(_HELD)
 
 

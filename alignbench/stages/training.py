@@ -90,7 +90,7 @@ def train_and_save(
         requests=ctx.requests,
         reads=reads,
     )
-    ctx.cost["policies_in_memory"] = float(policies.held() - before)
+    ctx.cost["policies_in_memory"] = float(policies.held(before + 1) - before)
     ctx.cost["parameters_in_memory"] = policies.own_parameters(model)
     result = train(job, ctx.cost, ctx.on_metrics)
     state = trained_state(job)
