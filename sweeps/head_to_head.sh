@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All methods on the embedded benchmark over five thresholds and three seeds, from an empty store to the report: tables,
 # pictures and one page to filter and search. Two sweeps side by side, of one thread each, on one store; they begin with
-# different seeds, so that neither waits for what the other makes. 60 to 75 minutes on 2 cores; what came out is kept in
+# different seeds, so that neither waits for what the other makes. 59 minutes on 2 cores; what came out is kept in
 # sweeps/results/head_to_head/.
 set -euo pipefail
 cd "$(dirname "$0")/.."

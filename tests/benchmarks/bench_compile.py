@@ -25,49 +25,6 @@ SHAPES = {
     "7M": {"vocabulary": 8192, "hidden": 256, "inner": 688, "layers": 6, "heads": 8},
 }
 PASSES = 12
-SDPA = "packed_sdpa"
-
-
-def scorer_of(policy):
-    """Log-probs of packed rows under `policy`."""
-    from alignbench.config import HardwareConfig
-    from alignbench.engine.logprobs import LogProbPolicy
-
-    hardware = HardwareConfig(
-        device="cpu", dtype="fp32", zero_stage=0, attention=SDPA, micro_batch=64, micro_tokens=8192,
-        eval_batch=64, eval_tokens=8192, logits_mib=256, generation_batch=128, checkpoint_every=1,
-    )  # fmt: skip
-    return LogProbPolicy(policy, hardware)
-
-
-def passes(model, count):
-    """Random packed pairs for so many passes."""
-    import numpy as np
-
-    from alignbench.engine.batching import Row
-    from alignbench.engine.packing import prepare
-
-    rng, vocabulary = np.random.default_rng(0), SHAPES[model]["vocabulary"]
-
-    def ids(count):
-        return rng.integers(2, vocabulary, count).tolist()
-
-    for _ in range(count):
-        prompts = [ids(int(rng.integers(8, 40))) for _ in range(6)]
-        yield prepare([Row(p + ids(int(rng.integers(20, 110))), len(p)) for p in prompts for _ in range(2)], 1, SDPA)
-
-
-def seconds(scorer, work, kind):
-    """How long one pass takes."""
-    import torch
-
-    started = time.perf_counter()
-    if kind == "train":
-        scorer(work).sum().backward()
-    else:
-        with torch.no_grad():
-            scorer(work)
-    return time.perf_counter() - started
 
 
 def child(spec):
@@ -75,17 +32,42 @@ def child(spec):
     import logging
 
     sys.path.insert(0, str(ROOT))
+    import numpy as np
     import torch
 
+    from alignbench.config import HardwareConfig
+    from alignbench.engine.batching import Row
     from alignbench.engine.compiled import compile_blocks
+    from alignbench.engine.logprobs import LogProbPolicy
+    from alignbench.engine.packing import prepare
 
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
     policy = bench_tools.llama(**SHAPES[spec["model"]], tie_word_embeddings=True)
     if spec["compiled"]:
         compile_blocks(policy)
-    scorer = scorer_of(policy)
-    return [seconds(scorer, work, spec["kind"]) for work in passes(spec["model"], PASSES)]
+    hardware = HardwareConfig(
+        device="cpu", dtype="fp32", zero_stage=0, attention="packed_sdpa", micro_batch=64, micro_tokens=8192,
+        eval_batch=64, eval_tokens=8192, logits_mib=256, generation_batch=128, checkpoint_every=1,
+    )  # fmt: skip
+    rng, vocabulary = np.random.default_rng(0), SHAPES[spec["model"]]["vocabulary"]
+
+    def ids(count):
+        return rng.integers(2, vocabulary, count).tolist()
+
+    scorer, times = LogProbPolicy(policy, hardware), []
+    for _ in range(PASSES):
+        prompts = [ids(int(rng.integers(8, 40))) for _ in range(6)]
+        rows = [Row(p + ids(int(rng.integers(20, 110))), len(p)) for p in prompts for _ in range(2)]
+        work = prepare(rows, 1, "packed_sdpa")
+        started = time.perf_counter()
+        if spec["kind"] == "train":
+            scorer(work).sum().backward()
+        else:
+            with torch.no_grad():
+                scorer(work)
+        times.append(time.perf_counter() - started)
+    return times
 
 
 def main():
