@@ -1,8 +1,8 @@
 """RMSNorm with its gradient written out, in place of the one that transformers leaves to autograd.
 
 The same function: y = w x / sqrt(mean(x^2) + eps), in fp32 until the weight comes, its values equal to the last bit.
-Autograd takes it through a square, a mean, a root and two products one after the other, each with a pass over memory for
-its gradient. Here the backward pass is the derivative itself,
+Autograd takes it through a square, a mean, a root and two products one after the other, each with a pass over memory
+for its gradient. Here the backward pass is the derivative itself,
 
     dx = (w g - x/s * mean(w g x/s)) / s,    dw = sum over tokens of g x/s,    s = sqrt(mean(x^2) + eps),
 
