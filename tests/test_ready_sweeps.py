@@ -98,6 +98,8 @@ def test_a_script_that_is_stopped_stops_both_of_its_sweeps_and_starts_nothing_mo
     process = subprocess.Popen(
         ["bash", str(TOP / "sweeps" / f"{name}.sh")],
         env=environment(PYTHON=str(stub), OUT=str(tmp_path / "out")), start_new_session=True,
+        # tests that run in a background hear no Ctrl-C, and neither would what they start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
     def begun() -> list[int]:
